@@ -1,0 +1,81 @@
+"""llmforge: from your own text, or an open base model, to a file that runs on your desktop.
+
+Importing this package does nothing but define names; torch is imported with the first name that needs it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_NAMES = {
+    "BPETokenizer": "llmforge.tokenizers",
+    "CharTokenizer": "llmforge.tokenizers",
+    "CheckpointError": "llmforge.errors",
+    "ConfigError": "llmforge.errors",
+    "ConvertError": "llmforge.errors",
+    "DataError": "llmforge.errors",
+    "GPT": "llmforge.models",
+    "GPTConfig": "llmforge.models",
+    "LLMForgeError": "llmforge.errors",
+    "TiktokenTokenizer": "llmforge.tokenizers",
+    "TokenDataset": "llmforge.data",
+    "TrainConfig": "llmforge.training",
+    "Trainer": "llmforge.training",
+    "export_gguf": "llmforge.convert",
+    "export_hf": "llmforge.convert",
+    "generate": "llmforge.generation",
+    "generate_text": "llmforge.generation",
+    "load": "llmforge.convert",
+    "load_tokenizer": "llmforge.tokenizers",
+    "stream_text": "llmforge.generation",
+    "verify_gguf": "llmforge.deploy",
+}
+
+__all__ = [
+    "GPT",
+    "BPETokenizer",
+    "CharTokenizer",
+    "CheckpointError",
+    "ConfigError",
+    "ConvertError",
+    "DataError",
+    "GPTConfig",
+    "LLMForgeError",
+    "TiktokenTokenizer",
+    "TokenDataset",
+    "TrainConfig",
+    "Trainer",
+    "__version__",
+    "export_gguf",
+    "export_hf",
+    "generate",
+    "generate_text",
+    "load",
+    "load_tokenizer",
+    "stream_text",
+    "verify_gguf",
+]
+
+if TYPE_CHECKING:
+    from llmforge.convert import export_gguf, export_hf, load
+    from llmforge.data import TokenDataset
+    from llmforge.deploy import verify_gguf
+    from llmforge.errors import CheckpointError, ConfigError, ConvertError, DataError, LLMForgeError
+    from llmforge.generation import generate, generate_text, stream_text
+    from llmforge.models import GPT, GPTConfig
+    from llmforge.tokenizers import BPETokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer
+    from llmforge.training import TrainConfig, Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'llmforge' has no attribute {name!r}")
+    value = getattr(import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

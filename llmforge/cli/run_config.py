@@ -1,0 +1,137 @@
+"""RunConfig: everything that `llmforge train` needs to know, from a preset, a YAML file and --set; saved with the run."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from llmforge.config import Config, did_you_mean
+from llmforge.data import TokenDataset
+from llmforge.errors import ConfigError
+from llmforge.models import GPT, GPTConfig
+from llmforge.tokenizers import PRE_TOKENIZERS, BPETokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer
+from llmforge.training import TrainConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(Config):
+    """Which tokenizer a run makes."""
+
+    kind: Literal["char", "bpe", "gpt2"] = (
+        "char"  # characters; byte-level BPE trained on the text; GPT-2's own vocabulary
+    )
+    vocab_size: int = 4_096  # bpe only
+    pre_tokenizer: str = "qwen2"  # bpe only: how text is cut into words before merging
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("char", "bpe", "gpt2"):
+            raise ConfigError(f"tokenizer kind ({self.kind!r}) must be 'char', 'bpe' or 'gpt2'")
+        if self.pre_tokenizer not in PRE_TOKENIZERS:
+            raise ConfigError(
+                f"unknown pre_tokenizer {self.pre_tokenizer!r}; {did_you_mean(self.pre_tokenizer, list(PRE_TOKENIZERS))}"
+            )
+
+    def build(self, text: Path) -> Tokenizer:
+        """Train the tokenizer on the text, or read its vocabulary."""
+        if self.kind == "char":
+            return CharTokenizer.from_text_file(text)
+        if self.kind == "bpe":
+            return BPETokenizer.from_text_file(text, vocab_size=self.vocab_size, pre_tokenizer=self.pre_tokenizer)
+        return TiktokenTokenizer("gpt2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """One training run from a text file. As YAML:
+
+    text: quijote.txt
+    val_fraction: 0.1
+    tokenizer: {kind: bpe, vocab_size: 8000}
+    model: {n_layer: 6, n_head: 6, n_embd: 384, block_size: 256}
+    train: {max_steps: 5000, lr: 0.001, out_dir: runs/quijote}
+    """
+
+    TOKENIZERS: ClassVar[Mapping[str, str]] = {"char-gpt": "char", "char-gpt-cpu": "char"}  # else gpt2
+
+    text: str  # a text file, or a folder of .txt files
+    val_fraction: float = 0.1  # the last part of the text is kept for validation
+    tokenizer: TokenizerConfig
+    model: GPTConfig
+    train: TrainConfig
+
+    @classmethod
+    def resolve(cls, preset: str, layers: Sequence[Mapping[str, Any]]) -> "Self":
+        """The preset's values, overlaid with each of `layers` in turn.
+
+        Raises:
+            ConfigError: an unknown preset or field, or a value that cannot be.
+        """
+        if preset not in GPTConfig.PRESETS:
+            raise ConfigError(f"unknown preset {preset!r}; {did_you_mean(preset, list(GPTConfig.PRESETS))}")
+        # The vocabulary is the tokenizer's, known only when it is built; 1 stands for "not yet".
+        values: dict[str, Any] = {
+            "tokenizer": {"kind": cls.TOKENIZERS.get(preset, "gpt2")},
+            "model": {"vocab_size": 1, **GPTConfig.PRESETS[preset]},
+            "train": dict(TrainConfig.PRESETS[preset]),
+        }
+        for layer in layers:
+            for key, value in layer.items():
+                if key in ("tokenizer", "model", "train"):
+                    if not isinstance(value, Mapping):
+                        raise ConfigError(f"{key} needs a mapping of field to value, not {value!r}")
+                    values[key] = {**values[key], **value}
+                else:
+                    values[key] = value
+        return cls.from_dict(values)
+
+    def with_vocabulary(self, tokenizer: Tokenizer) -> "Self":
+        """The same run with the model's vocab_size taken from the tokenizer."""
+        return dataclasses.replace(self, model=self.model.replace(vocab_size=tokenizer.vocab_size))
+
+    def data(self, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset | None]:
+        """Training and validation tokens; no validation with val_fraction 0."""
+        dataset = TokenDataset.from_text_file(self.text, tokenizer)
+        return dataset.split(val_fraction=self.val_fraction) if self.val_fraction else (dataset, None)
+
+    def new_model(self) -> GPT:
+        """A freshly initialised model, the same one for the same seed."""
+        import torch
+
+        torch.manual_seed(self.train.seed)
+        return GPT(self.model)
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """`--set lr=3e-4 model.n_layer=8` as a layer for `RunConfig.resolve`; a bare field is looked up in all sections.
+
+    Raises:
+        ConfigError: no `=`, or an unknown field.
+    """
+    sections: dict[str, type[Config]] = {"train": TrainConfig, "model": GPTConfig, "tokenizer": TokenizerConfig}
+    fields = {name: [f.name for f in dataclasses.fields(section)] for name, section in sections.items()}
+    fields["model"].remove("vocab_size")  # follows from the tokenizer
+    layer: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set needs key=value, got {setting!r}; for example --set lr=3e-4")
+        value = None if text.lower() in ("null", "none") else text
+        section, dot, name = key.partition(".")
+        if not dot:
+            name = key
+            if name in ("text", "val_fraction"):
+                layer[name] = value
+                continue
+            known = [field for names in fields.values() for field in names] + ["text", "val_fraction"]
+            section = next((section for section, names in fields.items() if name in names), "")
+            if not section:
+                raise ConfigError(f"unknown setting {name!r}; {did_you_mean(name, known)}")
+        elif section not in sections or name not in fields[section]:
+            known = [f"{section}.{field}" for section, names in fields.items() for field in names]
+            raise ConfigError(f"unknown setting {key!r}; {did_you_mean(key, known)}")
+        layer.setdefault(section, {})[name] = value
+    return layer

@@ -1,0 +1,197 @@
+"""llmforge train: a text file becomes a trained model."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmforge.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from llmforge.cli.run_config import RunConfig
+    from llmforge.tokenizers import Tokenizer
+    from llmforge.training import Trainer, TrainResult
+
+HELP = "train a model on your own text"
+DESCRIPTION = "Train a small language model on a text file (UTF-8), or a folder of .txt files."
+EXAMPLES = """examples:
+  llmforge train quijote.txt                                   a model of characters, sized for this machine
+  llmforge train quijote.txt --preset char-gpt --out runs/q    10 million weights: minutes on a GPU, hours on a CPU
+  llmforge train quijote.txt --tokenizer bpe --vocab-size 8000 pieces of words instead of characters
+  llmforge train quijote.txt --set max_steps=500 --set lr=3e-4 change single settings
+  llmforge train --config run.yaml                             all settings from a file
+  llmforge train --resume runs/q                               go on after Ctrl-C, a crash or a power cut
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", nargs="?", help="text file, or folder of .txt files")
+    parser.add_argument("--preset", help="char-gpt, char-gpt-cpu, gpt2, gpt2-medium, gpt2-large or gpt2-xl (default: a char "
+                        "model for the GPU or CPU at hand)")  # fmt: skip
+    parser.add_argument("--out", metavar="FOLDER", help="run folder (default: runs/NAME-OF-TEXT)")
+    parser.add_argument(
+        "--tokenizer", choices=("char", "bpe", "gpt2"), help="characters, own byte-pair encoding, GPT-2's"
+    )
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="size of the vocabulary of --tokenizer bpe")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps; same as --set max_steps=N")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the sections text, tokenizer, model, train")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; may be repeated"
+    )
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.resume is not None:
+        return _resume(args)
+    from llmforge.cli.run_config import RunConfig, parse_settings
+    from llmforge.config import read_yaml_mapping
+
+    file_layer = read_yaml_mapping(args.config) if args.config is not None else {}
+    text = args.text or file_layer.get("text")
+    if text is None:
+        raise ConfigError(
+            "name a text file to train on: llmforge train mybook.txt (or llmforge demo to see it work first)"
+        )
+    preset = args.preset or file_layer.pop("preset", None) or default_preset()
+    file_layer.pop("preset", None)
+    options: dict[str, dict[str, object]] = {"tokenizer": {}, "train": {}}
+    if args.tokenizer is not None:
+        options["tokenizer"]["kind"] = args.tokenizer
+    if args.vocab_size is not None:
+        if args.tokenizer not in (None, "bpe"):
+            raise ConfigError(
+                f"--vocab-size is for --tokenizer bpe; the vocabulary of {args.tokenizer!r} follows from itself"
+            )
+        options["tokenizer"].update(vocab_size=args.vocab_size, kind="bpe")
+    if args.steps is not None:
+        options["train"]["max_steps"] = args.steps
+    if args.out is not None:
+        options["train"]["out_dir"] = args.out
+    defaults = {"text": text, "train": {"out_dir": f"runs/{Path(text).stem}"}}
+    layers = [defaults, file_layer, {"text": text}, options, parse_settings(args.set)]
+    config = RunConfig.resolve(preset, layers)
+    tokenizer = config.tokenizer.build(Path(config.text))
+    config = config.with_vocabulary(tokenizer)
+    return train(build_trainer(config, tokenizer), config)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from llmforge.cli.run_config import RunConfig, parse_settings
+    from llmforge.tokenizers import load_tokenizer
+    from llmforge.training import find_checkpoint, list_checkpoints
+
+    given = [
+        name
+        for name in ("text", "preset", "config", "tokenizer", "vocab_size", "out")
+        if getattr(args, name) is not None
+    ]
+    if given:
+        raise ConfigError(
+            f"--resume continues a run as it was: leave out {', '.join(given)}; single settings change with --set"
+        )
+    run_folder = Path(args.resume)
+    if not (run_folder / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{run_folder} is not a run folder: it has no config.yaml; runs are made by llmforge train"
+        )
+    config = RunConfig.from_yaml_file(run_folder / "config.yaml")
+    changes = parse_settings(args.set + ([f"max_steps={args.steps}"] if args.steps is not None else []))
+    if set(changes) - {"train"}:
+        raise ConfigError(
+            f"--resume can change settings of train only, not {', '.join(sorted(set(changes) - {'train'}))}"
+        )
+    config = config.replace(train={**config.train.to_dict(), **changes.get("train", {}), "out_dir": str(run_folder)})
+    tokenizer = None
+    if list_checkpoints(run_folder):  # the vocabulary that the run began with, whatever became of the text since
+        tokenizer = load_tokenizer(find_checkpoint(run_folder))
+    tokenizer = tokenizer or config.tokenizer.build(Path(config.text))
+    config = config.with_vocabulary(tokenizer)
+    trainer = build_trainer(config, tokenizer)
+    if not trainer.resume():
+        print(f"{run_folder} has no checkpoint yet: starting from the beginning", file=sys.stderr)
+    return train(trainer, config)
+
+
+def default_preset() -> str:
+    """The char model that suits the device at hand."""
+    import torch
+
+    return "char-gpt" if torch.cuda.is_available() else "char-gpt-cpu"
+
+
+def build_trainer(config: "RunConfig", tokenizer: "Tokenizer") -> "Trainer":
+    """Data, model and trainer of a run, announced on the screen."""
+    from llmforge.training import Trainer
+
+    train_data, val_data = config.data(tokenizer)
+    model = config.new_model()
+    trainer = Trainer(model, train_data, val_data=val_data, tokenizer=tokenizer, config=config.train)
+    kind = type(tokenizer).__name__.removesuffix("Tokenizer").lower()
+    val_tokens = f" + {len(val_data):,} for validation" if val_data is not None else ""
+    print(
+        f"text     {config.text}: {len(train_data):,} tokens{val_tokens} ({kind}, vocabulary of {tokenizer.vocab_size:,})"
+    )
+    shape = f"{config.model.n_layer} layers, {config.model.n_embd} wide, context {config.model.block_size}"
+    print(
+        f"model    {model.num_params() / 1e6:.2f} million weights: {shape}; {trainer.device}, {trainer.dtype}".replace(
+            "torch.", ""
+        )
+    )
+    return trainer
+
+
+def run_trainer(trainer: "Trainer", config: "RunConfig") -> "TrainResult":
+    """Save the run's config.yaml, train, and say what came of it."""
+    from llmforge.formats.atomic import atomic_file
+
+    trainer.check_out_dir()
+    if trainer.out_dir is not None:
+        with atomic_file(trainer.out_dir / "config.yaml") as tmp:
+            tmp.write_text(config.to_yaml(), encoding="utf-8")
+        print(
+            f"run      {trainer.out_dir}: Ctrl-C saves and stops; llmforge train --resume {trainer.out_dir} goes on",
+            flush=True,
+        )
+    result = trainer.train()
+    report(result, trainer)
+    return result
+
+
+def train(trainer: "Trainer", config: "RunConfig") -> int:
+    """Run the trainer, say what to type next, and return the exit code."""
+    result = run_trainer(trainer, config)
+    if result.stopped_by is None:
+        if trainer.out_dir is not None:
+            print(f'next     llmforge generate {trainer.out_dir} --prompt "..."')
+            print(f"         llmforge export {trainer.out_dir} --gguf {trainer.out_dir.name}.gguf")
+        return 0
+    return stopped(result, trainer)
+
+
+def stopped(result: "TrainResult", trainer: "Trainer") -> int:
+    """Say how to go on after a signal; returns the exit code that shells expect."""
+    print(f"stopped by {result.stopped_by} and saved; go on with: llmforge train --resume {trainer.out_dir}")
+    return 130 if result.stopped_by == "SIGINT" else 143
+
+
+def report(result: "TrainResult", trainer: "Trainer") -> None:
+    """The closing lines of a run, and its loss curve."""
+    from llmforge.cli.loss_curve import write_loss_curve
+
+    losses = [
+        f"{name} loss {value:.4f}"
+        for name, value in (("train", result.train_loss), ("val", result.val_loss))
+        if value is not None
+    ]
+    print(
+        f"done     step {result.step} in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s; {', '.join(losses)}"
+    )
+    if result.best_val_loss is not None and result.best_step != result.step:
+        print(f"         the best validation loss was {result.best_val_loss:.4f} at step {result.best_step}: "
+              f"--checkpoint best uses it")  # fmt: skip
+    if trainer.out_dir is not None:
+        write_loss_curve(trainer.out_dir / "log.jsonl", trainer.out_dir / "loss.png")
+        print(
+            f"files    {trainer.out_dir}: {result.checkpoint.name if result.checkpoint else 'no new checkpoint'}, log.jsonl, loss.png"
+        )

@@ -1,0 +1,219 @@
+"""Config: a frozen, keyword-only dataclass that reads and writes dicts, JSON and YAML, and refuses what it does not know."""
+
+import dataclasses
+import difflib
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llmforge.errors import ConfigError
+
+if typing.TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every configuration: strict names, checked types, one reason per refusal.
+
+    Subclasses are frozen dataclasses with scalar, tuple or nested Config fields; they check ranges in `__post_init__` and may list
+    `PRESETS`, named sets of field values.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Self":
+        """Build from plain values, as JSON and YAML give them.
+
+        Raises:
+            ConfigError: an unknown field (with the nearest known one), or a value that is not of the field's type.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{cls.__name__} needs a mapping of field to value, not {values!r}")
+        hints = typing.get_type_hints(cls)
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise ConfigError(f"unknown {cls.__name__} field {name!r}; {did_you_mean(name, names)}")
+        missing = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.name not in values
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ConfigError(f"{cls.__name__} needs a value for {', '.join(map(repr, missing))}")
+        return cls(**{name: _coerce(f"{cls.__name__}.{name}", value, hints[name]) for name, value in values.items()})
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "Self":
+        """The preset `name`, with single fields replaced.
+
+        Raises:
+            ConfigError: no such preset (with the list), or an unknown field.
+        """
+        if name not in cls.PRESETS:
+            raise ConfigError(f"unknown {cls.__name__} preset {name!r}; {did_you_mean(name, list(cls.PRESETS))}")
+        return cls.from_dict({**cls.PRESETS[name], **overrides})
+
+    def replace(self, **changes: Any) -> "Self":
+        """A copy with some fields changed, checked like a new one."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` reads back to an equal config."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> "Self":
+        """Read one JSON object; see `from_dict`."""
+        return cls.from_dict(read_json_object(path))
+
+    @classmethod
+    def from_yaml_file(cls, path: str | os.PathLike[str]) -> "Self":
+        """Read one YAML mapping (safe tags only); see `from_dict`."""
+        return cls.from_dict(read_yaml_mapping(path))
+
+    def to_yaml(self) -> str:
+        """The config as YAML, fields in their declared order."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Parse a JSON file that must hold one object; ConfigError names the file and the place otherwise."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+def read_yaml_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Parse a YAML file that must hold one mapping; ConfigError names the file and the line otherwise."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping like 'lr: 0.001', not {type(values).__name__}")
+    return values
+
+
+def did_you_mean(name: object, known: list[str]) -> str:
+    """The end of an error about an unknown name: the nearest known one, or all of them."""
+    nearest = _SYNONYMS.get(str(name))
+    if nearest not in known:
+        nearest = next(iter(difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)), None)
+    return f"did you mean {nearest!r}?" if nearest else f"known: {', '.join(sorted(known))}"
+
+
+# What people type who come from other trainers; spelling distance alone would not find these.
+_SYNONYMS = {
+    "learning_rate": "lr",
+    "min_learning_rate": "min_lr",
+    "batch_size": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    "max_iters": "max_steps",
+    "warmup_iters": "warmup_steps",
+    "eval_interval": "eval_every_steps",
+    "eval_iters": "eval_batches",
+    "save_steps": "save_every_steps",
+    "max_grad_norm": "grad_clip",
+    "lr_scheduler_type": "schedule",
+    "output_dir": "out_dir",
+    "context_length": "block_size",
+    "max_position_embeddings": "block_size",
+    "hidden_size": "n_embd",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; strings become numbers where a number is due (YAML reads 1e-3 as a string)."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        choices = typing.get_args(hint)
+        if value is None and type(None) in choices:
+            return None
+        errors = []
+        for choice in choices:
+            if choice is not type(None):
+                try:
+                    return _coerce(name, value, choice)
+                except ConfigError as error:
+                    errors.append(error)
+        raise errors[0]
+    if origin is tuple:
+        items = typing.get_args(hint)
+        if isinstance(value, str):
+            value = value.strip("[]() ").split(",")
+        if not isinstance(value, (list, tuple)) or (items[-1] is not Ellipsis and len(items) != len(value)):
+            raise ConfigError(f"{name} must be {_describe(hint)}, got {value!r}")
+        if items[-1] is Ellipsis:
+            items = items[:1] * len(value)
+        return tuple(_coerce(name, item, item_hint) for item, item_hint in zip(value, items, strict=True))
+    if origin is typing.Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        return value
+    if isinstance(hint, type) and issubclass(hint, Config):
+        return value if isinstance(value, hint) else hint.from_dict(value)
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif hint is int and not isinstance(value, bool):
+        if isinstance(value, str):
+            value = _number(value)
+        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+            return int(value)
+    elif hint is float and not isinstance(value, bool):
+        if isinstance(value, str):
+            value = _number(value)
+        if isinstance(value, (int, float)):
+            return float(value)
+    elif hint is str and isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    raise ConfigError(f"{name} must be {_describe(hint)}, got {value!r}")
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _describe(hint: Any) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(hint) or str(hint).removeprefix("<class '").removesuffix("'>")

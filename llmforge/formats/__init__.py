@@ -1,0 +1,1 @@
+"""Bytes on disk. Nothing in this room knows what a model is."""

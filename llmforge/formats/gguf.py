@@ -1,0 +1,234 @@
+"""GGUF: llama.cpp's file of metadata and tensors, version 3, little-endian.
+
+Written on the gguf package, one tensor at a time. Read with checks of our own: `gguf.GGUFReader` trusts the counts that it finds,
+so that a damaged file can keep it busy for ever.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
+
+from llmforge.errors import CheckpointError
+from llmforge.formats.atomic import atomic_file
+
+ALIGNMENT = 32  # bytes; another one needs general.alignment, and older readers ignore that
+MAX_ENTRIES = 65_536  # tensors, or metadata keys: many times what the largest published files have
+MAX_ITEMS = 1 << 24  # of an array; vocabularies have some hundred thousand
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor to write: `data` gives its values as float32 when their turn comes."""
+
+    name: str
+    shape: tuple[int, ...]  # as numpy and torch have it; the file holds it reversed
+    type_name: str  # "F32", "F16", "BF16", "Q8_0"
+    data: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class GGUFTensorInfo:
+    """Where a tensor lies in a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    offset: int  # bytes from the beginning of the file
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """What a file says before its tensors' bytes; arrays are lists."""
+
+    metadata: dict[str, Any]
+    tensors: list[GGUFTensorInfo]
+
+
+def write_gguf(
+    path: str | os.PathLike[str], arch: str, metadata: Mapping[str, Any], tensors: Iterable[GGUFTensor]
+) -> None:
+    """Write a GGUF file; it appears under its name when it is complete.
+
+    Args:
+        arch: general.architecture.
+        metadata: an int is written as u32, a float as f32, a list of ints as i32: the types that llama.cpp insists on.
+        tensors: names are unique and have at most 63 bytes; rows of a Q8_0 tensor are multiples of 32.
+    Memory: the largest tensor, as float32 and encoded.
+    """
+    tensors = list(tensors)
+    with atomic_file(path) as tmp:
+        writer = GGUFWriter(tmp, arch)
+        for key, value in metadata.items():
+            writer.add_key_value(key, value, _value_type(value))
+        for tensor in tensors:
+            kind = GGMLQuantizationType[tensor.type_name]
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), _nbytes(tensor.shape, kind), kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        # Not writer.write_tensor_data: numpy's tofile does not say why it fails (full disk, size limit).
+        with tmp.open("ab") as out:
+            for tensor in tensors:
+                out.write(b"\0" * (-out.tell() % ALIGNMENT))
+                out.write(encode(tensor.data(), tensor.type_name).data)
+            out.write(b"\0" * (-out.tell() % ALIGNMENT))
+
+
+def encode(values: np.ndarray, type_name: str) -> np.ndarray:
+    """float32 values (..., n) as the bytes of a ggml type; see `write_gguf` for what fits."""
+    return np.ascontiguousarray(quants.quantize(values, GGMLQuantizationType[type_name]))
+
+
+def read_gguf_tensor(path: str | os.PathLike[str], tensor: GGUFTensorInfo) -> np.ndarray:
+    """The values of a tensor as float32, of its shape."""
+    kind = GGMLQuantizationType[tensor.type_name]
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    rows = np.fromfile(path, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
+    rows = rows.reshape(*tensor.shape[:-1], tensor.shape[-1] // block * block_bytes)
+    return quants.dequantize(rows, kind).reshape(tensor.shape)
+
+
+def read_gguf_header(path: str | os.PathLike[str]) -> GGUFHeader:
+    """Read metadata and the list of tensors.
+
+    Raises:
+        CheckpointError: not a GGUF file, or one that is cut off or damaged, with the byte position.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            return _HeaderReader(stream, Path(path)).read()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+class _HeaderReader:
+    """Reads front to back; no count or length is believed that the rest of the file could not hold."""
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self.stream, self.path = stream, path
+        self.size = os.fstat(stream.fileno()).st_size
+
+    def read(self) -> GGUFHeader:
+        if self.size < 4 or self.stream.read(4) != b"GGUF":
+            raise CheckpointError(f"{self.path} is not a GGUF file: it does not begin with the letters GGUF")
+        version = self.number("I")
+        if version not in (2, 3):
+            raise self.damaged(f"version {version}; 2 and 3 (little-endian) are supported")
+        n_tensors, n_keys = self.number("Q"), self.number("Q")
+        if max(n_tensors, n_keys) > MAX_ENTRIES:
+            raise self.damaged(f"{n_tensors:,} tensors and {n_keys:,} keys; at most {MAX_ENTRIES:,} are allowed")
+        metadata: dict[str, Any] = {}
+        for _ in range(n_keys):
+            key = self.text()
+            if key in metadata:
+                raise self.damaged(f"the key {key!r} occurs twice")
+            metadata[key] = self.value(self.number("I"))
+        infos = [self.tensor_info() for _ in range(n_tensors)]
+        alignment = metadata.get("general.alignment", ALIGNMENT)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise self.damaged(f"general.alignment is {alignment!r}, not a power of two")
+        data_start = -(-self.stream.tell() // alignment) * alignment
+        tensors = []
+        for name, shape, kind, offset in infos:
+            tensor = GGUFTensorInfo(name, shape, kind.name, data_start + offset, _nbytes(shape, kind))
+            if offset % alignment:
+                raise self.damaged(f"the tensor {name!r} begins at {offset}, not a multiple of {alignment}")
+            if tensor.offset + tensor.nbytes > self.size:
+                raise CheckpointError(
+                    f"{self.path} is cut off: the tensor {name!r} ends at byte {tensor.offset + tensor.nbytes:,}, "
+                    f"the file has {self.size:,}"
+                )
+            tensors.append(tensor)
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise self.damaged("two tensors have the same name")
+        return GGUFHeader(metadata, tensors)
+
+    def tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+        name, n_dims = self.text(), self.number("I")
+        if not 1 <= n_dims <= 4:
+            raise self.damaged(f"the tensor {name!r} has {n_dims} dimensions; 1 to 4 are possible")
+        shape = tuple(self.number("Q") for _ in range(n_dims))[::-1]
+        type_number, offset = self.number("I"), self.number("Q")
+        try:
+            kind = GGMLQuantizationType(type_number)
+        except ValueError:
+            raise self.damaged(f"the tensor {name!r} has the unknown type {type_number}") from None
+        if shape[-1] % GGML_QUANT_SIZES[kind][0]:
+            raise self.damaged(f"rows of {shape[-1]} do not fit {kind.name} blocks in the tensor {name!r}")
+        return name, shape, kind, offset
+
+    def value(self, type_number: int) -> Any:
+        if type_number == GGUFValueType.STRING:
+            return self.text()
+        if type_number in _NUMBERS:
+            return self.number(_NUMBERS[type_number])
+        if type_number != GGUFValueType.ARRAY:
+            raise self.damaged(f"unknown value type {type_number}")
+        item_type, count = self.number("I"), self.number("Q")
+        if count > MAX_ITEMS:
+            raise self.damaged(f"an array of {count:,} items; at most {MAX_ITEMS:,} are allowed")
+        if item_type == GGUFValueType.STRING:
+            self.announce(8 * count, "an array")  # each string has its length at least
+            return [self.text() for _ in range(count)]
+        if item_type not in _NUMBERS:
+            raise self.damaged(f"unknown type {item_type} of an array's items")
+        layout = _NUMBERS[item_type]
+        return np.frombuffer(self.take(count * struct.calcsize(layout), "an array"), dtype=f"<{layout}").tolist()
+
+    def number(self, layout: str) -> Any:
+        return struct.unpack(f"<{layout}", self.take(struct.calcsize(f"<{layout}"), "a number"))[0]
+
+    def text(self) -> str:
+        return self.take(self.number("Q"), "a text").decode("utf-8", errors="replace")
+
+    def take(self, count: int, what: str) -> bytes:
+        self.announce(count, what)
+        return self.stream.read(count)
+
+    def announce(self, count: int, what: str) -> None:
+        position = self.stream.tell()
+        if position + count > self.size:
+            raise CheckpointError(
+                f"{self.path} is cut off or damaged: {what} of {count:,} bytes at byte {position:,}, "
+                f"the file has {self.size:,}"
+            )
+
+    def damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is damaged: {what} (before byte {self.stream.tell():,})")
+
+
+_NUMBERS: dict[int, str] = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+}
+
+
+def _value_type(value: object) -> GGUFValueType:
+    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
+    kinds |= {str: GGUFValueType.STRING, list: GGUFValueType.ARRAY}
+    return kinds[type(value)]
+
+
+def _nbytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // block * block_bytes

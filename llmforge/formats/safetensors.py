@@ -1,0 +1,281 @@
+"""safetensors: named tensors in one file, or in shards with an index.
+
+A file is a little-endian u64 (length of the header), a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes.
+The header is checked here before the safetensors package maps the file: a damaged one ends in a message that says what is wrong.
+
+The writer streams. It does not go through `safetensors.torch.save_file`, which (0.8) leaves files that only their owner can read
+and reports a full disk as a string.
+
+Source: https://huggingface.co/docs/safetensors (format), Hugging Face's model.safetensors.index.json.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmforge.config import read_json_object
+from llmforge.errors import CheckpointError, ConfigError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+MAX_HEADER_BYTES = 100_000_000  # as the safetensors package
+MAX_TENSORS = 65_536  # many times what the largest published models have
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class SafetensorsReader(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for; see `read_safetensors`."""
+
+    def __init__(self, entries: dict[str, _Entry]) -> None:
+        self._entries = entries
+        self._files: dict[Path, Any] = {}
+        self._stack = ExitStack()
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._entries[name].file
+        try:
+            if file not in self._files:
+                self._files[file] = self._stack.enter_context(safe_open(file, framework="pt"))
+            tensor: Tensor = self._files[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {name!r} from {file}: {error}") from error
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, without reading it."""
+        return self._entries[name].dtype
+
+    def __enter__(self) -> "SafetensorsReader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._files.clear()
+        self._stack.close()
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsReader:
+    """Open a .safetensors file, or a folder with model.safetensors or its index; use it in a `with` block.
+
+    Raises:
+        CheckpointError: no such file, or one that is cut off or damaged, with its name and what is wrong.
+    """
+    path = Path(path)
+    if path.is_file():
+        return SafetensorsReader(_read_entries(path))
+    if (path / SINGLE_FILE).is_file():
+        return SafetensorsReader(_read_entries(path / SINGLE_FILE))
+    if (path / INDEX_FILE).is_file():
+        return SafetensorsReader(_read_index(path / INDEX_FILE))
+    raise CheckpointError(f"{path} has no {SINGLE_FILE} and no {INDEX_FILE}")
+
+
+def write_safetensors(
+    folder: str | os.PathLike[str],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    max_shard_bytes: int | None = 5_000_000_000,
+) -> None:
+    """Write model.safetensors into an existing folder, or shards and their index where one file would be too large.
+
+    Args:
+        folder: not made atomic here; write into the folder that `atomic_folder` yields.
+        tensors: name and tensor, taken one by one: no more than one shard is held in memory.
+        max_shard_bytes: most bytes of tensors in a file (a single larger tensor has a file of its own); None = always one file.
+    """
+    folder = Path(folder)
+    names_of: list[list[str]] = []  # of each shard
+    total_bytes = 0
+    for shard in _shards(tensors, max_shard_bytes):
+        names_of.append(list(shard))
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
+        _write_file(folder / _shard_name(len(names_of)), shard)
+        shard.clear()  # its memory is free before the next one is gathered
+    if len(names_of) == 1:
+        os.rename(folder / _shard_name(1), folder / SINGLE_FILE)
+        return
+    weight_map = {}
+    for number, names in enumerate(names_of, start=1):  # only now is it known of how many
+        file = f"model-{number:05d}-of-{len(names_of):05d}.safetensors"
+        os.rename(folder / _shard_name(number), folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _shard_name(number: int) -> str:
+    return f"model-{number:05d}.safetensors"
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int | None) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if max_bytes is not None and shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_bytes:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Wide types first, as the safetensors package does it: so each tensor is aligned to its own type.
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on "format"
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little"))
+        out.write(text)
+        for name in names:
+            out.write(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _read_index(index: Path) -> dict[str, _Entry]:
+    """Entries of all shards that an index.json lists; its file names must not lead out of the folder."""
+    try:
+        weight_map = read_json_object(index).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names")
+    entries: dict[str, _Entry] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {file!r}; a shard must be a .safetensors file in the same folder")
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{index} names {file}, which is not there; download or copy it again")
+        shard = _read_entries(index.parent / file)
+        listed = {name for name, owner in weight_map.items() if owner == file}
+        if shard.keys() != listed:
+            name = min(shard.keys() ^ listed)
+            where = f"is in {file} but not listed there" if name in shard else f"is not in {file} as listed there"
+            raise CheckpointError(f"{index} does not fit its shards: {name!r} {where}")
+        entries.update(shard)
+    return entries
+
+
+def _read_entries(file: Path) -> dict[str, _Entry]:
+    """Read and check the header of one file."""
+
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(f"{file} is damaged: {what}")
+
+    def cut_off(announced: int, size: int) -> CheckpointError:
+        return CheckpointError(f"{file} is cut off: the header announces {announced:,} bytes, the file has {size:,}")
+
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if size < 8:
+                raise CheckpointError(f"{file} is cut off: it has {size} bytes, a header alone needs more")
+            if header_bytes > MAX_HEADER_BYTES:
+                raise damaged(f"a header of {header_bytes:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed")
+            if 8 + header_bytes > size:
+                raise cut_off(8 + header_bytes, size)
+            header = json.loads(stream.read(header_bytes).decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # of which UnicodeDecodeError and JSONDecodeError are
+        raise damaged(f"its header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise damaged(f"its header is a JSON {type(header).__name__}, not an object")
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise damaged(f"{len(header):,} tensors, at most {MAX_TENSORS:,} are allowed")
+
+    entries, spans = {}, []
+    for name, value in header.items():
+        if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+            raise damaged(f"the entry of {name!r} must have dtype, shape and data_offsets")
+        if not isinstance(value["dtype"], str) or value["dtype"] not in _DTYPES:
+            raise damaged(f"{name!r} has the unknown dtype {value['dtype']!r}; known: {', '.join(_DTYPES)}")
+        if not _are_sizes(value["shape"]) or not _are_sizes(value["data_offsets"]) or len(value["data_offsets"]) != 2:
+            raise damaged(f"shape and data_offsets of {name!r} must be lists of whole numbers")
+        dtype, shape, (start, end) = _DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
+        if end - start != math.prod(shape) * dtype.itemsize:
+            raise damaged(f"{name!r} of shape {shape} and {value['dtype']} cannot fill bytes {start} to {end}")
+        entries[name] = _Entry(file, dtype, shape)
+        spans.append((start, end, name))
+    position = 0
+    for start, end, name in sorted(spans):
+        if start != position:
+            raise damaged(f"{name!r} starts at byte {start:,} of the data, the tensor before it ends at {position:,}")
+        position = end
+    announced = 8 + header_bytes + position
+    if announced > size:
+        raise cut_off(announced, size)
+    if announced < size:
+        raise damaged(f"{size - announced:,} bytes follow the last tensor")
+    return entries
+
+
+def _are_sizes(values: object) -> bool:
+    if not isinstance(values, list) or len(values) > 64:  # torch's most dimensions; keeps the product below small
+        return False
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return values

@@ -1,0 +1,9 @@
+"""Model families: one family, one file, read top to bottom."""
+
+from llmforge.models.base import LanguageModel, ModelConfig
+from llmforge.models.gpt import GPT, GPTConfig
+
+# How files name a family -> what builds it.
+FAMILIES: dict[str, tuple[type[ModelConfig], type[LanguageModel]]] = {GPTConfig.FAMILY: (GPTConfig, GPT)}
+
+__all__ = ["FAMILIES", "GPT", "GPTConfig", "LanguageModel", "ModelConfig"]

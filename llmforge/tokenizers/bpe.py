@@ -1,0 +1,307 @@
+"""Byte-level BPE: pieces of words, learnt from a text or read from a tokenizer.json; any text can be encoded."""
+
+import json
+import os
+import string
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from llmforge.config import did_you_mean
+from llmforge.errors import ConfigError, ConvertError, DataError
+from llmforge.tokenizers.base import (
+    CONTROL,
+    END_OF_TEXT,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    GGUFVocabulary,
+    Tokenizer,
+    characters_to_bytes,
+    join_pieces,
+    read_tokenizer_file,
+    tokenizer_config,
+    write_tokenizer_files,
+)
+from llmforge.tokenizers.text_files import cut_safely, find_texts, read_text
+
+# How a text is cut into words before merging. These four mean the same in llama.cpp under the same name, on any text; the usual
+# "(?i:'s|...)" does not, since it lets 's match the long s (U+017F) too.
+PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2", "smollm")
+_CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_HF_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PATTERNS = {
+    "llama-bpe": f"{_CONTRACTIONS}|{_WORDS}" % r"\p{N}{1,3}",
+    "qwen2": f"{_CONTRACTIONS}|{_WORDS}" % r"\p{N}",
+}
+
+# In none of the four does a word reach from a letter over a character of these: there a text can be cut. Before a space is better.
+CUT_BEFORE = (" \t\r\n", string.punctuation)
+
+_MIN_VOCAB_SIZE = 257  # every byte, and END_OF_TEXT
+_PART_CHARS = 2**16  # texts are encoded in parts of about this length, on all cores
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE with one of the pre-tokenizers that llama.cpp has too.
+
+    >>> tokenizer = BPETokenizer.from_texts(["una olla de algo más vaca que carnero " * 9], vocab_size=280)
+    >>> tokenizer.decode(tokenizer.encode("¡Señor! 🙂")), tokenizer.eos_token_id
+    ('¡Señor! 🙂', 279)
+
+    Make one with `from_text_file`, `from_texts` or `from_file`.
+
+    Attributes:
+        pre_tokenizer: name of the pre-tokenizer; None if it is none of PRE_TOKENIZERS.
+    Raises:
+        DataError: `backend` is not byte-level BPE.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, config: Mapping[str, Any] | None = None) -> None:
+        vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        if max(vocabulary.values(), default=0) > 10 * len(vocabulary):
+            raise DataError(
+                f"ids reach {max(vocabulary.values())} with only {len(vocabulary)} tokens: the file is damaged"
+            )
+        state = json.loads(backend.to_str())
+        _check_byte_level(state, vocabulary)
+        backend.encode_special_tokens = True  # special tokens in a text are text
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._config = dict(config or tokenizer_config(END_OF_TEXT if END_OF_TEXT in vocabulary else None))
+        eos_token = self._config.get("eos_token")
+        self._eos_token_id = vocabulary.get(str(eos_token["content"] if isinstance(eos_token, dict) else eos_token))
+        self._added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
+        self._tokens: list[str | None] = [None] * (max(vocabulary.values()) + 1)  # None: an id without a token
+        self._pieces = [b""] * len(self._tokens)
+        for token, i in vocabulary.items():
+            self._tokens[i] = token
+            self._pieces[i] = token.encode() if i in self._added else characters_to_bytes(token)
+        self.pre_tokenizer = _recognise(state)
+        self._cut_before = self._find_cut_before()
+
+    @classmethod
+    def from_text_file(
+        cls,
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        *,
+        vocab_size: int = 4_096,
+        pre_tokenizer: str = "qwen2",
+    ) -> "BPETokenizer":
+        """Learn the merges from UTF-8 text files, or from the .txt files of folders; see `from_texts`.
+
+        Raises:
+            ConfigError: see `from_texts`.
+            DataError: no such file, empty, or not UTF-8.
+        """
+        if isinstance(paths, (str, os.PathLike)):
+            paths = [paths]
+        files = [file for path in paths for file in find_texts(path)]
+        pieces = (piece for file in files for piece in cut_safely(read_text(file), last_cut))
+        return cls.from_texts(pieces, vocab_size=vocab_size, pre_tokenizer=pre_tokenizer)
+
+    @classmethod
+    def from_texts(
+        cls, texts: Iterable[str], *, vocab_size: int = 4_096, pre_tokenizer: str = "qwen2"
+    ) -> "BPETokenizer":
+        """Learn the merges from texts: 256 bytes, then the most frequent pairs, and `<|endoftext|>` as the last id.
+
+        Args:
+            vocab_size: at most so many tokens; fewer where the texts have no more pairs that occur twice.
+            pre_tokenizer: one of PRE_TOKENIZERS; "qwen2" cuts numbers into digits and is exact in llama.cpp in both directions.
+        Raises:
+            ConfigError: vocab_size is too small, or there is no such pre-tokenizer.
+        """
+        if vocab_size < _MIN_VOCAB_SIZE:
+            raise ConfigError(
+                f"vocab_size ({vocab_size}) must be at least {_MIN_VOCAB_SIZE}: 256 bytes and {END_OF_TEXT}"
+            )
+        backend = _new_backend(pre_tokenizer, {}, [])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            min_frequency=2,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # else bytes that these texts lack would be lost for good
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        model = json.loads(backend.to_str())["model"]
+        vocabulary = {**model["vocab"], END_OF_TEXT: len(model["vocab"])}
+        return cls.from_merges(vocabulary, [tuple(pair) for pair in model["merges"]], pre_tokenizer=pre_tokenizer)
+
+    @classmethod
+    def from_merges(
+        cls, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], *, pre_tokenizer: str
+    ) -> "BPETokenizer":
+        """The tokenizer of given ids, END_OF_TEXT among them, and merges, in the byte alphabet."""
+        backend = _new_backend(pre_tokenizer, vocabulary, merges)
+        backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        return cls(backend)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> "BPETokenizer":
+        """Read a tokenizer.json, and the tokenizer_config.json beside it if there is one.
+
+        A normalizer in the file (Qwen's NFC) is kept: then `decode(encode(text))` is the normalized text.
+
+        Raises:
+            DataError: the file is missing or damaged, or another kind of tokenizer.
+        """
+        path = Path(path)
+        read_tokenizer_file(path)
+        config_path = path.with_name("tokenizer_config.json")
+        config = read_tokenizer_file(config_path) if config_path.is_file() else None
+        try:
+            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), config=config)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        except BaseException as error:
+            # The library raises bare Exceptions, and its panics are not even that.
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise DataError(f"{path} is not a tokenizer.json that can be read: {error}") from error
+            raise
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._eos_token_id
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        slices = (text[i : i + _PART_CHARS] for i in range(0, len(text), _PART_CHARS))
+        parts = list(cut_safely(slices, self.safe_cut))
+        try:
+            encodings = self._backend.encode_batch_fast(parts, add_special_tokens=False)
+        except TypeError as error:
+            raise DataError(
+                f"cannot encode {text[:40]!r}: it has half of a surrogate pair, which is no character"
+            ) from error
+        return np.fromiter((i for encoding in encodings for i in encoding.ids), dtype=np.uint32)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return join_pieces(self._pieces, ids)
+
+    def safe_cut(self, text: str) -> int:
+        return last_cut(text, self._cut_before)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        write_tokenizer_files(folder, self._backend.to_str(pretty=True), self._config)
+
+    def gguf_vocabulary(self) -> GGUFVocabulary:
+        if self.pre_tokenizer is None:
+            raise ConvertError(
+                "llama.cpp has no pre-tokenizer that is known to cut words as this tokenizer.json does, and a wrong one gives other "
+                f"ids without a warning; train with a BPETokenizer of {', '.join(PRE_TOKENIZERS)}"
+            )
+        merges = json.loads(self._backend.to_str())["model"]["merges"]
+        return GGUFVocabulary(
+            tokens=[f"[UNUSED{i}]" if token is None else token for i, token in enumerate(self._tokens)],
+            token_types=[self._gguf_type(i, token) for i, token in enumerate(self._tokens)],
+            merges=[" ".join(pair) for pair in merges] or ["ĠĀ Ġ"],  # never applied: nothing makes "ĠĀ"
+            pre=self.pre_tokenizer,
+        )
+
+    def _gguf_type(self, i: int, token: str | None) -> int:
+        if i in self._added:
+            return CONTROL if self._added[i].special else USER_DEFINED
+        return UNUSED if token is None else NORMAL
+
+    def _find_cut_before(self) -> tuple[str, ...]:
+        """The sets of characters before which `safe_cut` may cut: those of CUT_BEFORE that no added token reaches over."""
+        # Special tokens are not looked for in a text.
+        plain = [token for token in self._added.values() if not token.special]
+        if self.pre_tokenizer is None or any(token.rstrip or token.single_word for token in plain):
+            return ()
+        return tuple(before for before in CUT_BEFORE if not any(last_cut(token.content, (before,)) for token in plain))
+
+
+def last_cut(text: str, cut_before: Sequence[str] = CUT_BEFORE) -> int:
+    """The last place between a letter and a character of the first of `cut_before` that gives any; 0 if none does."""
+    for characters in cut_before:
+        for i in range(len(text) - 1, 0, -1):
+            if text[i] in characters and _is_letter(text[i - 1]):
+                return i
+    return 0
+
+
+def _is_letter(character: str) -> bool:
+    # A letter since Unicode 3.2 and still one: so for the tokenizers library and llama.cpp too, whatever version theirs is.
+    return character.isalpha() and unicodedata.ucd_3_2_0.category(character).startswith("L")
+
+
+def _new_backend(
+    pre_tokenizer: str, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]
+) -> tokenizers.Tokenizer:
+    if pre_tokenizer not in PRE_TOKENIZERS:
+        raise ConfigError(
+            f"unknown pre_tokenizer {pre_tokenizer!r}; {did_you_mean(pre_tokenizer, list(PRE_TOKENIZERS))}"
+        )
+    # With "llama-bpe", llama.cpp takes a word that is a token as it is, whatever the merges say.
+    model = models.BPE(vocab=dict(vocabulary), merges=list(merges), ignore_merges=pre_tokenizer == "llama-bpe")
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = _build_pre_tokenizer(pre_tokenizer)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _build_pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    if name in _PATTERNS:
+        words: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(_PATTERNS[name]), behavior="isolated")]
+    else:
+        words = [pre_tokenizers.Digits(individual_digits=True)] if name == "smollm" else []
+    # ByteLevel's own pattern is GPT-2's.
+    return pre_tokenizers.Sequence(
+        [*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name not in _PATTERNS)]
+    )
+
+
+def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
+    """The pre-tokenizer of a tokenizer.json as a list of steps, without what does not change the words."""
+    if pre_tokenizer is None:
+        return []
+    if pre_tokenizer["type"] == "Sequence":
+        return [step for part in pre_tokenizer["pretokenizers"] for step in _steps(part)]
+    step = {key: value for key, value in pre_tokenizer.items() if key != "trim_offsets"}
+    if "Regex" in step.get("pattern", ()):
+        step["pattern"] = step["pattern"]["Regex"].replace(_HF_CONTRACTIONS, _CONTRACTIONS)
+    return [step]
+
+
+def _recognise(state: Mapping[str, Any]) -> str | None:
+    """Which of PRE_TOKENIZERS a tokenizer.json has."""
+    model = state["model"]
+    # NFC, as Qwen has it, makes no difference for text that is composed already, which nearly all is.
+    if state["normalizer"] not in (None, {"type": "NFC"}):
+        return None
+    if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+        return None
+    for name in PRE_TOKENIZERS:
+        same_words = _steps(state["pre_tokenizer"]) == _steps(json.loads(_build_pre_tokenizer(name).__getstate__()))
+        if same_words and model["ignore_merges"] == (name == "llama-bpe"):
+            return name
+    return None
+
+
+def _check_byte_level(state: Mapping[str, Any], vocabulary: Mapping[str, int]) -> None:
+    kind = state["model"]["type"]
+    way_out = "take a model with byte-level BPE (GPT-2, Llama 3, Qwen), or train a BPETokenizer"
+    if kind != "BPE":
+        raise DataError(f"a {kind} tokenizer is not supported; {way_out}")
+    if not any(step["type"] == "ByteLevel" for step in _steps(state["pre_tokenizer"])):
+        raise DataError(f"this BPE works on characters, not on bytes, and is not supported yet; {way_out}")
+    # UTF-8 never has the bytes c0, c1, f5 .. ff.
+    needed = set(range(0xF5)) - {0xC0, 0xC1}
+    missing = needed - {data[0] for data in map(characters_to_bytes, vocabulary) if len(data) == 1}
+    if missing:
+        raise DataError(
+            f"there is no token for byte 0x{min(missing):02x}, so that texts with it would lose it; {way_out}"
+        )

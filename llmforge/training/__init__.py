@@ -1,0 +1,29 @@
+"""The training loop. It knows no model family: any module with `forward(idx) -> logits` will do."""
+
+from llmforge.training.checkpoint import find_checkpoint, list_checkpoints, validation_loss, verify_manifest
+from llmforge.training.config import TrainConfig
+from llmforge.training.loss import IGNORED, LossFunction, next_token_loss
+from llmforge.training.metrics import EvalMetrics, StepMetrics, TrainResult, read_log
+from llmforge.training.optim import build_optimizer
+from llmforge.training.schedule import learning_rate
+from llmforge.training.trainer import Dataset, Trainer, pick_device
+
+__all__ = [
+    "IGNORED",
+    "Dataset",
+    "EvalMetrics",
+    "LossFunction",
+    "StepMetrics",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "build_optimizer",
+    "find_checkpoint",
+    "learning_rate",
+    "list_checkpoints",
+    "next_token_loss",
+    "pick_device",
+    "read_log",
+    "validation_loss",
+    "verify_manifest",
+]

@@ -1,0 +1,97 @@
+"""TrainConfig: what a training run is made of, beside the model and the data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from llmforge.config import Config
+from llmforge.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """Settings of one run. A step is one optimizer update; it reads micro_batch_size * grad_accum_steps sequences.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # nanoGPT's config/train_shakespeare_char.py.
+        "char-gpt": dict(max_steps=5_000, micro_batch_size=64, lr=1e-3, min_lr=1e-4, betas=(0.9, 0.99)),
+        # The CPU line of nanoGPT's README, but with wsd for the cosine: lower in benchmarks/results/nanogpt-cpu.json.
+        "char-gpt-cpu": dict(
+            max_steps=2_000,
+            micro_batch_size=12,
+            lr=1e-3,
+            min_lr=1e-4,
+            schedule="wsd",
+            betas=(0.9, 0.99),
+            eval_batches=20,
+        ),
+        # nanoGPT's config/train_gpt2.py: 12 x 1024 tokens per micro-step, about half a million tokens per step.
+        **{
+            name: dict(
+                max_steps=600_000, micro_batch_size=12, grad_accum_steps=40, lr=6e-4, min_lr=6e-5, warmup_steps=2_000
+            )
+            for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+        },
+    }
+
+    max_steps: int  # optimizer steps
+    micro_batch_size: int = 12  # sequences per forward pass
+    grad_accum_steps: int = 1  # micro-steps per step; the gradient does not depend on the split
+    seq_len: int | None = None  # tokens per sequence; None = the model's context length
+
+    lr: float = 1e-3  # learning rate after the warm-up
+    min_lr: float | None = None  # learning rate at the end; None = lr / 10
+    warmup_steps: int = 100  # linear, 0 -> lr
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up, lr -> min_lr
+    decay_fraction: float = 0.2  # wsd only: the last part of the steps, in which lr falls
+    weight_decay: float = 0.1  # on matrices only; norms and biases never decay
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW; 0.99 for the second when a step has few tokens
+    grad_clip: float | None = 1.0  # largest global L2 norm of the gradient; None = never clip
+
+    device: str | None = None  # "cpu", "cuda", "cuda:1", "mps"; None = the best one there is
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the arithmetic (AMP); weights stay float32
+    # dtype None = bfloat16 or else float16 on CUDA, float32 elsewhere. float16 brings a GradScaler.
+    compile: bool = False  # torch.compile the model's forward pass; needs a C++ compiler (CPU) or Triton (GPU)
+    seed: int = 1337  # of the data order and dropout; the initial weights come from whoever built the model
+
+    log_every_steps: int = 10  # lines in log.jsonl
+    eval_every_steps: int | None = 250  # validation loss; None = only at the end
+    eval_batches: int | None = 50  # micro-batches per evaluation, always the same ones; None = the whole validation set
+    sample_every_steps: int | None = 250  # a text sample, where there is a tokenizer; None = never
+    sample_prompt: str = ""  # beginning of the samples
+    sample_tokens: int = 150  # length of the samples
+    save_every_steps: int | None = 500  # checkpoints; None = only the last
+    keep_last: int = 2  # newest checkpoints to keep, beside the one with the best validation loss
+    out_dir: str | None = None  # run folder; None = nothing is written
+
+    def __post_init__(self) -> None:
+        at_least_one = ["max_steps", "micro_batch_size", "grad_accum_steps", "seq_len", "log_every_steps", "keep_last"]
+        at_least_one += ["eval_every_steps", "eval_batches", "sample_every_steps", "sample_tokens", "save_every_steps"]
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} ({value}) must be at least 1")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps ({self.warmup_steps}) must be 0 (no warm-up) or more")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed ({self.seed}) must be between 0 and {2**32 - 1}")
+        if not 0.0 < self.lr < 10.0:
+            raise ConfigError(f"lr ({self.lr}) must be above 0 and below 10; 1e-3 suits small models")
+        if self.min_lr is not None and not 0.0 <= self.min_lr <= self.lr:
+            raise ConfigError(f"min_lr ({self.min_lr}) must be between 0 and lr ({self.lr})")
+        if self.schedule not in ("cosine", "linear", "wsd", "constant"):
+            raise ConfigError(f"schedule ({self.schedule!r}) must be 'cosine', 'linear', 'wsd' or 'constant'")
+        if not 0.0 < self.decay_fraction <= 1.0:
+            raise ConfigError(f"decay_fraction ({self.decay_fraction}) must be above 0 and at most 1")
+        if self.weight_decay < 0.0:
+            raise ConfigError(f"weight_decay ({self.weight_decay}) must be 0 (off) or more")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"betas ({self.betas}) must be two numbers, each at least 0 and below 1")
+        if self.grad_clip is not None and self.grad_clip <= 0.0:
+            raise ConfigError(f"grad_clip ({self.grad_clip}) must be above 0; null never clips")
+        if self.dtype not in ("float32", "bfloat16", "float16", None):
+            raise ConfigError(f"dtype ({self.dtype!r}) must be 'float32', 'bfloat16', 'float16' or null (automatic)")

@@ -1,0 +1,113 @@
+"""What a run reports: one record per step, per evaluation and at the end, and the log file they go to."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmforge.formats.atomic import atomic_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One optimizer step. `loss` and `grad_norm` are read from the device when asked for, not before."""
+
+    step: int  # steps done, this one included
+    lr: float
+    num_tokens: int  # positions read in this step
+    seconds: float  # wall time of this step
+    loss_tensor: Tensor  # mean over the targets of the step, nats
+    grad_norm_tensor: Tensor  # global L2 norm before clipping
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss of the step in nats per target."""
+        return self.loss_tensor.item()
+
+    @property
+    def grad_norm(self) -> float:
+        """Global L2 norm of the gradient before clipping."""
+        return self.grad_norm_tensor.item()
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalMetrics:
+    """One pass over validation batches."""
+
+    step: int  # steps done before it
+    loss: float  # mean over all targets, nats
+    num_targets: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): the number of equally likely tokens that would be as hard to guess."""
+        return math.exp(min(self.loss, 700.0))  # exp(710) overflows a double
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How `Trainer.train` ended."""
+
+    step: int  # steps done
+    train_loss: float | None  # of the last step; None when there was none to do
+    val_loss: float | None  # of the last evaluation
+    best_val_loss: float | None
+    best_step: int | None
+    seconds: float
+    tokens_per_second: float
+    stopped_by: str | None  # "SIGINT" or "SIGTERM" when a signal ended the run early
+    checkpoint: Path | None  # the last one written
+
+
+class RunLog:
+    """log.jsonl: one JSON object per line, each with its `step`; lines after a resumed step are dropped.
+
+    Args:
+        path: the file; None = log nowhere.
+        after_step: steps done when logging starts.
+    """
+
+    def __init__(self, path: Path | None, *, after_step: int) -> None:
+        self._file = None
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [line for line in read_log(path) if line["step"] <= after_step]
+            with atomic_file(path) as tmp:
+                tmp.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+
+    def write(self, **values: Any) -> None:
+        """Append one line and hand it to the system, so that a killed run has its log."""
+        if self._file is not None:
+            # JSON has no NaN or infinity; a diverged loss is null.
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def read_log(path: str | os.PathLike[str]) -> list[Mapping[str, Any]]:
+    """The lines of a log.jsonl; a last line that a killed run left unfinished is skipped."""
+    lines: list[Mapping[str, Any]] = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            lines.append(values)
+    return lines

@@ -1,0 +1,458 @@
+"""Trainer: an iterator of optimizer steps, and `train()`, that loop with logging, evaluation, samples and checkpoints."""
+
+import dataclasses
+import hashlib
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmforge.errors import CheckpointError, ConfigError, DataError
+from llmforge.generation import generate_text
+from llmforge.tokenizers import Tokenizer
+from llmforge.training.checkpoint import (
+    TrainerState,
+    find_checkpoint,
+    list_checkpoints,
+    load_state,
+    prune_checkpoints,
+    save_checkpoint,
+    validation_loss,
+)
+from llmforge.training.config import TrainConfig
+from llmforge.training.loss import LossFunction, next_token_loss
+from llmforge.training.metrics import EvalMetrics, RunLog, StepMetrics, TrainResult
+from llmforge.training.optim import build_optimizer
+from llmforge.training.progress import Progress
+from llmforge.training.schedule import learning_rate
+
+
+class Dataset(Protocol):
+    """What the trainer asks of data: batches that are a pure function of their arguments.
+
+    The tensors of a batch all begin with the batch dimension; the first two are idx and targets, unless `loss_fn` says otherwise.
+    """
+
+    def batch(self, step: int, *, batch_size: int, seq_len: int, seed: int) -> Sequence[Tensor]: ...
+
+
+class Trainer:
+    """Trains any module with `forward(idx) -> logits`; one `next()` is one optimizer step.
+
+    >>> trainer = Trainer(model, train_data, config=TrainConfig(max_steps=100))    # doctest: +SKIP
+    >>> for metrics in trainer:                                                    # doctest: +SKIP
+    ...     print(metrics.step, metrics.loss)
+
+    Args:
+        model: the module; it is moved to the configured device and trained in place.
+        train_data: see `Dataset`; a `TokenDataset` as a rule.
+        config: the settings.
+        val_data: for the validation loss; None = none.
+        tokenizer: for samples while training, and saved with each checkpoint.
+        loss_fn: (model, micro-batch) -> (sum of losses, number of targets).
+        optimizer: instead of AdamW as configured; its learning rate still follows the schedule.
+    Raises:
+        ConfigError, DataError: model, data and settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: Dataset,
+        *,
+        config: TrainConfig,
+        val_data: Dataset | None = None,
+        tokenizer: Tokenizer | None = None,
+        loss_fn: LossFunction = next_token_loss,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        self.dtype = _dtype(config.dtype, self.device)
+        self.model = model.to(self.device)
+        self.train_data, self.val_data = train_data, val_data
+        self.tokenizer = tokenizer
+        self.loss_fn = loss_fn
+        self.optimizer = optimizer if optimizer is not None else build_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        seq_len = config.seq_len or getattr(model, "context_length", None)
+        if seq_len is None:
+            raise ConfigError("seq_len must be set: this model names no context_length of its own")
+        self.seq_len: int = seq_len
+        self.out_dir = Path(config.out_dir) if config.out_dir is not None else None
+        self.step = 0  # steps done
+        self.last_eval: EvalMetrics | None = None
+        self._params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._check()
+        if config.compile:
+            model.compile()  # in place: no _orig_mod. prefix reaches a file
+
+    def _check(self) -> None:
+        context = getattr(self.model, "context_length", self.seq_len)
+        if self.seq_len > context:
+            raise ConfigError(f"seq_len ({self.seq_len}) exceeds the model's context ({context}); lower it")
+        vocab_size = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        for name, source in (
+            ("tokenizer", self.tokenizer),
+            ("train_data", self.train_data),
+            ("val_data", self.val_data),
+        ):
+            needed = getattr(source, "vocab_size", None)
+            if vocab_size is not None and needed is not None and needed > vocab_size:
+                raise ConfigError(
+                    f"{name} has a vocabulary of {needed} tokens, the model only {vocab_size}; build the model with "
+                    f"vocab_size={needed}"
+                )
+        for name, data in (("train_data", self.train_data), ("val_data", self.val_data)):
+            if isinstance(data, Sized) and len(data) <= self.seq_len:
+                raise DataError(
+                    f"{name} has {len(data)} tokens; one sequence needs {self.seq_len + 1}: use more text, a smaller "
+                    f"seq_len (now {self.seq_len}), or another val_fraction"
+                )
+
+    # One step
+
+    def __iter__(self) -> Iterator[StepMetrics]:
+        return self
+
+    def __next__(self) -> StepMetrics:
+        """Do one optimizer step; StopIteration after max_steps."""
+        if self.step >= self.config.max_steps:
+            raise StopIteration
+        start = time.perf_counter()
+        config = self.config
+        lr = learning_rate(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        rows = config.micro_batch_size * config.grad_accum_steps
+        batch = self.train_data.batch(self.step, batch_size=rows, seq_len=self.seq_len, seed=config.seed)
+        num_tokens = batch[0].numel()
+        with _own_randomness(config.seed, self.step, self.device):
+            loss_sum, num_targets = self._accumulate_gradients(batch, num_tokens)
+        # The gradient so far is that of loss_sum / num_tokens; what is wanted is the mean over the targets.
+        num_targets = num_targets.clamp(min=1)
+        grad_norm = self._rescale_and_clip_gradients(num_tokens / num_targets)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return StepMetrics(
+            step=self.step,
+            lr=lr,
+            num_tokens=num_tokens,
+            seconds=time.perf_counter() - start,
+            loss_tensor=loss_sum / num_targets,
+            grad_norm_tensor=grad_norm,
+        )
+
+    def _accumulate_gradients(self, batch: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward over the micro-batches; returns the step's loss sum and number of targets."""
+        loss_sum = torch.zeros((), device=self.device)
+        num_targets = torch.zeros((), dtype=torch.int64, device=self.device)
+        size = self.config.micro_batch_size
+        for first in range(0, batch[0].shape[0], size):
+            micro_batch = [part[first : first + size].to(self.device, non_blocking=True) for part in batch]
+            with self._autocast():
+                micro_sum, micro_targets = self.loss_fn(self.model, micro_batch)
+            # A sum over many tokens would overflow float16 gradients: divide by a count known beforehand.
+            self.scaler.scale(micro_sum / num_tokens).backward()  # type: ignore[no-untyped-call]
+            loss_sum += micro_sum.detach()
+            num_targets += micro_targets
+        return loss_sum, num_targets
+
+    def _rescale_and_clip_gradients(self, factor: Tensor) -> Tensor:
+        """Multiply all gradients by `factor`, clip their global norm, and return the norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self._params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads) * factor
+        if self.config.grad_clip is not None:
+            factor = factor * (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, factor)
+        return norm
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
+
+    # What happens beside the steps
+
+    @torch.no_grad()
+    def evaluate(self, data: Dataset | None = None) -> EvalMetrics:
+        """Mean loss over `eval_batches` micro-batches of the validation data, the same ones every time; no dropout.
+
+        Args:
+            data: other data than val_data.
+        Raises:
+            ConfigError: there is no data to evaluate on.
+        """
+        data = data if data is not None else self.val_data
+        if data is None:
+            raise ConfigError("evaluate needs data: pass val_data to the Trainer, or data to evaluate")
+        size = self.config.micro_batch_size
+        batches = self.config.eval_batches
+        if batches is None:
+            if not isinstance(data, Sized):
+                raise ConfigError("eval_batches must be set: this data does not say how long it is")
+            batches = max(1, (len(data) - 1) // self.seq_len // size)
+        loss_sum, num_targets = 0.0, 0
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for number in range(batches):
+                batch = data.batch(number, batch_size=size, seq_len=self.seq_len, seed=0)
+                with self._autocast():
+                    micro_sum, micro_targets = self.loss_fn(self.model, [part.to(self.device) for part in batch])
+                loss_sum += micro_sum.item()
+                num_targets += int(micro_targets)
+        finally:
+            self.model.train(was_training)
+        self.last_eval = EvalMetrics(step=self.step, loss=loss_sum / max(1, num_targets), num_targets=num_targets)
+        return self.last_eval
+
+    def sample(self) -> str:
+        """A text of the model as it is now, from its own source of randomness: sampling does not change the run."""
+        if self.tokenizer is None:
+            raise ConfigError("a sample needs a tokenizer; pass it to the Trainer")
+        with self._autocast():
+            return generate_text(
+                self.model,
+                self.tokenizer,
+                self.config.sample_prompt,
+                max_new_tokens=self.config.sample_tokens,
+                temperature=0.8,
+                top_k=40,
+                seed=self.config.seed,
+            )
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step into out_dir, and delete those that keep_last no longer covers."""
+        if self.out_dir is None:
+            raise ConfigError("save needs an out_dir in the TrainConfig")
+        evaluated = self.last_eval is not None and self.last_eval.step == self.step
+        state = TrainerState(
+            step=self.step,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            val_loss=self.last_eval.loss if evaluated and self.last_eval is not None else None,
+            settings=self.config.to_dict(),
+            data_fingerprint=getattr(self.train_data, "fingerprint", None),
+        )
+        folder = save_checkpoint(self.out_dir, self.model, self.tokenizer, state)
+        prune_checkpoints(self.out_dir, keep_last=self.config.keep_last)
+        return folder
+
+    def resume(self, path: str | Path | None = None) -> bool:
+        """Go on from a checkpoint: the run continues bit for bit as if it had never stopped (on the CPU; see docs/training.md).
+
+        Args:
+            path: a checkpoint folder, or a run folder; None = the newest good one in out_dir.
+        Returns:
+            True; False when `path` is None and out_dir holds no checkpoint yet.
+        Raises:
+            CheckpointError: `path` is not a checkpoint, is damaged, or belongs to a model of another shape.
+        """
+        if path is None:
+            if self.out_dir is None or not list_checkpoints(self.out_dir):
+                return False
+            path = find_checkpoint(self.out_dir)
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a folder; name a run or one of its step-... folders")
+        if list_checkpoints(path):
+            path = find_checkpoint(path)
+        state = load_state(path, self.model)
+        self._warn_of_differences(state)
+        try:
+            self.optimizer.load_state_dict(state.optimizer)
+        except ValueError as error:
+            raise CheckpointError(f"the optimizer state in {path} does not fit this optimizer: {error}") from error
+        if self.scaler.is_enabled() and state.scaler:
+            self.scaler.load_state_dict(state.scaler)
+        self.step = state.step
+        return True
+
+    def _warn_of_differences(self, state: TrainerState) -> None:
+        own = self.config.to_dict()
+        no_effect = {"out_dir", "keep_last", "device", "compile"}
+        no_effect |= {name for name in own if name.startswith(("log_", "eval_", "sample_", "save_"))}
+        changed = [
+            f"{name} {state.settings[name]!r} -> {value!r}"
+            for name, value in own.items()
+            if name not in no_effect and name in state.settings and state.settings[name] != value
+        ]
+        if state.data_fingerprint != getattr(self.train_data, "fingerprint", None):
+            changed.append("the training data")
+        if changed:
+            warnings.warn(f"resuming with changed settings, so not the same run: {', '.join(changed)}", stacklevel=3)
+
+    # The whole run
+
+    def train(self, *, progress: bool = True) -> TrainResult:
+        """All steps that are left, with log.jsonl, evaluation, samples and checkpoints as configured.
+
+        Ctrl-C or SIGTERM finishes the step, saves and returns with `stopped_by` set; a second Ctrl-C stops at once.
+
+        Args:
+            progress: show a progress line, evaluations and samples on the screen (standard error).
+        Raises:
+            CheckpointError: out_dir holds checkpoints of another run and `resume` was not called.
+        """
+        self.check_out_dir()
+        start, first_step, num_tokens = time.perf_counter(), self.step, 0
+        metrics: StepMetrics | None = None
+        checkpoint: Path | None = None
+        best_loss, best_step = self._best_so_far()
+        log = RunLog(self.out_dir / "log.jsonl" if self.out_dir is not None else None, after_step=self.step)
+        screen = Progress(total=self.config.max_steps, initial=self.step, enabled=progress)
+        try:
+            with stop_signals() as stop:
+                for metrics in self:
+                    num_tokens += metrics.num_tokens
+                    screen.step(metrics)
+                    last = metrics.step == self.config.max_steps
+                    if last or metrics.step % self.config.log_every_steps == 0:
+                        self._log_step(log, metrics)
+                    improved = False
+                    if self.val_data is not None and (last or self._due(self.config.eval_every_steps)):
+                        evaluation = self.evaluate()
+                        log.write(step=self.step, val_loss=evaluation.loss, val_perplexity=evaluation.perplexity)
+                        screen.evaluation(evaluation, improved := best_loss is None or evaluation.loss < best_loss)
+                        if improved:
+                            best_loss, best_step = evaluation.loss, self.step
+                    if self._sample_is_due(last):
+                        text = self.sample()
+                        log.write(step=self.step, sample=text)
+                        screen.sample(text)
+                    save_is_due = last or improved or stop.requested or self._due(self.config.save_every_steps)
+                    if self.out_dir is not None and save_is_due:
+                        checkpoint = self.save()
+                    if stop.requested:
+                        break
+        finally:
+            screen.close()
+            log.close()
+        seconds = time.perf_counter() - start
+        return TrainResult(
+            step=self.step,
+            train_loss=metrics.loss if metrics is not None else None,
+            val_loss=self.last_eval.loss if self.last_eval is not None else None,
+            best_val_loss=best_loss,
+            best_step=best_step,
+            seconds=seconds,
+            tokens_per_second=num_tokens / seconds if self.step > first_step else 0.0,
+            stopped_by=stop.requested if self.step < self.config.max_steps else None,
+            checkpoint=checkpoint,
+        )
+
+    def check_out_dir(self) -> None:
+        """Refuse to begin a run in a folder that holds another one's checkpoints.
+
+        Raises:
+            CheckpointError: names the newest of them and the ways out.
+        """
+        if self.step == 0 and self.out_dir is not None and (found := list_checkpoints(self.out_dir)):
+            raise CheckpointError(
+                f"{self.out_dir} already holds {found[-1].name}; go on with resume() or --resume, or choose another out_dir"
+            )
+
+    def _due(self, every_steps: int | None) -> bool:
+        return every_steps is not None and self.step % every_steps == 0
+
+    def _sample_is_due(self, last: bool) -> bool:
+        every_steps = self.config.sample_every_steps
+        return self.tokenizer is not None and every_steps is not None and (last or self._due(every_steps))
+
+    def _best_so_far(self) -> tuple[float | None, int | None]:
+        """Lowest validation loss among this run's checkpoints, and its step: what an interrupted run had found."""
+        folders = list_checkpoints(self.out_dir) if self.out_dir is not None else []
+        scored = [
+            (loss, int(f.name.removeprefix("step-"))) for f in folders if (loss := validation_loss(f)) is not None
+        ]
+        return min(scored, default=(None, None))
+
+    def _log_step(self, log: RunLog, metrics: StepMetrics) -> None:
+        log.write(
+            step=metrics.step,
+            loss=metrics.loss,
+            lr=metrics.lr,
+            grad_norm=metrics.grad_norm,
+            tokens_per_second=round(metrics.tokens_per_second, 1),
+        )
+
+
+@dataclasses.dataclass
+class StopRequest:
+    """Set by a signal; the loop looks at it after each step."""
+
+    requested: str | None = None  # the signal's name
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGINT, SIGTERM or SIGHUP of the block into a request; a second one interrupts at once.
+
+    Signals can only be caught in the main thread: elsewhere (some notebooks) the block runs without.
+    """
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.requested is not None:
+            raise KeyboardInterrupt
+        stop.requested = signal.Signals(number).name
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    previous = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _own_randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Make dropout a function of (seed, step): a resumed run needs no generator state, and the caller's generator is not touched."""
+    mixed = int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "little") >> 1
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(mixed)
+        yield
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`; None = CUDA where there is one, else MPS, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}; use 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not available.get(device.type, False):
+        raise ConfigError(
+            f"device {name!r} is not available here: this torch ({torch.__version__}) sees no such device"
+        )
+    return device
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    if name is not None:
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -1,0 +1,105 @@
+"""The examples, the notebook, the benchmarks and the README's code, run as they stand at toy size."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from toy import TEXT
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "quijote.txt"
+    path.write_text(TEXT * 4, encoding="utf-8")
+    return path
+
+
+def run(*arguments, cwd):
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_train_export_and_verify_scripts(text, tmp_path):
+    arguments = [EXAMPLES / "train_on_your_text.py", text, "--vocab-size", 300]
+    out = run(*arguments, "--steps", 3, cwd=tmp_path)
+    assert "wrote runs/my-text/model.gguf" in out
+    assert "going on from step 3" in run(*arguments, "--steps", 5, cwd=tmp_path)  # as its comment promises
+    out = run(EXAMPLES / "export_and_verify.py", "runs/my-text", cwd=tmp_path)
+    assert "transformers: token ids equal" in out
+
+
+def test_your_own_model_script(text, tmp_path):
+    assert "step 100  loss" in run(EXAMPLES / "your_own_model.py", text, "--steps", 100, cwd=tmp_path)
+
+
+def test_notebook(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUIJOTE_STEPS", "4")
+    notebook = nbformat.read(EXAMPLES / "quijote.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells)  # stored without outputs
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (tmp_path / "out" / "quijote.gguf").is_file()
+
+
+def test_readme_code_runs(text, tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    toy_size = code.replace("max_steps=2_000", "max_steps=3").replace("% 500", "% 3")
+    assert toy_size.count("3") > code.count("3")
+    assert run("-c", toy_size, cwd=tmp_path).startswith("3 ")
+    assert (tmp_path / "out" / "quijote.gguf").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/inicio-rapido.md"])
+def test_documented_commands_run(page, text, tmp_path):
+    commands = re.findall(
+        r"^llmforge (train|generate|export|verify) (.*?)(?:#.*)?$",
+        (ROOT / page).read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert [command for command, _ in commands] == ["train", "train", "generate", "export", "verify"]
+    for command, arguments in commands:
+        words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', arguments)]
+        if command == "train" and "--resume" not in words:
+            words += ["--steps", "3", "--set", "device=cpu", "--preset", "char-gpt-cpu"]
+        run("-m", "llmforge", command, *words, cwd=tmp_path)
+
+
+def test_links_in_the_documentation_lead_somewhere():
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_training_benchmark(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMFORGE_BENCHMARK_RESULTS", str(tmp_path))
+    run(
+        ROOT / "benchmarks" / "training.py",
+        "--blocks",
+        2,
+        "--steps-per-block",
+        1,
+        "--device",
+        "cpu",
+        "--preset",
+        "char-gpt-cpu",
+        cwd=tmp_path,
+    )
+    result = json.loads((tmp_path / "training-cpu-char-gpt-cpu.json").read_text(encoding="utf-8"))
+    assert result["tokens_per_second"]["llmforge"] > 0
+
+
+def test_kill_benchmark(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMFORGE_BENCHMARK_RESULTS", str(tmp_path))
+    run(ROOT / "benchmarks" / "kill_and_resume.py", "--kills", 1, "--steps", 200, "--longest-wait", 0.1, cwd=tmp_path)
+    result = json.loads((tmp_path / "kill-and-resume.json").read_text(encoding="utf-8"))
+    assert (result["same_weights"], result["same_optimizer_state"]) == (True, True)
