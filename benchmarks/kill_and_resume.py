@@ -49,7 +49,7 @@ def main() -> None:
             assert run.wait() == -9, f"run {kills + 1} ended by itself with {run.returncode}: more --steps are needed"
             kills += 1
             during_save += any((Path(folder) / "killed").glob(".tmp-*"))
-            steps.append(int(find_checkpoint(Path(folder) / "killed").name.removeprefix("step-")))
+            steps.append(newest_step(Path(folder) / "killed"))
             print(f"kill {kills}: newest checkpoint is of step {steps[-1]}", flush=True)
         subprocess.run(resume, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         subprocess.run(
@@ -89,6 +89,11 @@ def wait_for_first_step(out: Path, run: subprocess.Popen[bytes]) -> None:
         if newest > before or any(out.glob(f".tmp-{run.pid}-*")):
             return
         time.sleep(0.005)
+
+
+def newest_step(out: Path) -> int:
+    """Step of the newest checkpoint, which must be whole; 0 if the kill came before the first was finished."""
+    return int(find_checkpoint(out).name.removeprefix("step-")) if list_checkpoints(out) else 0
 
 
 def final_state(out: Path, step: int) -> dict[str, str]:

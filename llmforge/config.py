@@ -93,7 +93,7 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5000 digits
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a JSON object, not {type(values).__name__}")

@@ -27,9 +27,8 @@ class Sampling(Config):
         ConfigError: a value out of range.
     """
 
-    repetition_penalty: float = (
-        1.0  # divides positive and multiplies negative logits of tokens seen; 1 = off (arXiv:1909.05858)
-    )
+    # Divides positive and multiplies negative logits of tokens seen; 1 = off (arXiv:1909.05858).
+    repetition_penalty: float = 1.0
     temperature: float = 1.0  # divides the logits; 0 = greedy, always the most probable token
     top_k: int | None = None  # keep the k most probable tokens
     top_p: float | None = None  # keep the smallest set whose probabilities reach p (arXiv:1904.09751)

@@ -175,6 +175,16 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o666 & ~umask()
 
 
+def test_a_file_is_replaced_by_renaming_not_by_writing_into_it(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old", encoding="utf-8")
+    with target.open(encoding="utf-8") as reader:  # who has it open, or mapped, keeps the old one
+        with atomic_file(target) as tmp:
+            tmp.write_text("new", encoding="utf-8")
+        assert reader.read() == "old"
+    assert target.read_text(encoding="utf-8") == "new"
+
+
 def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from toy import TEXT, same, toy_data, toy_model, toy_tokenizer, toy_trainer, weights
 
-from llmforge import CheckpointError, ConfigError, DataError, TrainConfig, Trainer
+from llmforge import CharTokenizer, CheckpointError, ConfigError, DataError, TokenDataset, TrainConfig, Trainer
 from llmforge.training import IGNORED, build_optimizer, learning_rate, list_checkpoints, next_token_loss, read_log
 from llmforge.training.trainer import stop_signals
 
@@ -78,6 +78,21 @@ def test_gradient_does_not_depend_on_micro_batch_split():
         for ours, reference in zip(params, models[0][1], strict=True):
             torch.testing.assert_close(ours, reference, atol=1e-6, rtol=1e-5)
     assert not same(models[0][1], weights(toy_model(dropout=0.0)))
+
+
+def test_gradient_is_that_of_the_mean_over_the_targets():
+    config = TrainConfig(
+        max_steps=1, micro_batch_size=2, grad_accum_steps=4, device="cpu", warmup_steps=0, grad_clip=None
+    )
+    model, reference = toy_model(dropout=0.0), toy_model(dropout=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    metrics = next(Trainer(model, Masked(), config=config.replace(lr=1.0), optimizer=optimizer))
+    idx, targets = Masked().batch(0, batch_size=8, seq_len=16, seed=1337)
+    F.cross_entropy(reference(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORED).backward()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs - theirs.grad, atol=1e-6, rtol=1e-5)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()])
+    assert metrics.grad_norm == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_loss_is_a_sum_and_a_count():
@@ -221,6 +236,8 @@ def test_training_leaves_the_callers_generator_alone():
 
 def test_evaluation_is_the_mean_over_its_batches():
     trainer = toy_trainer(eval_batches=3)
+    for _ in range(2):  # the batches are the same ones, whatever the step
+        next(trainer)
     evaluation = trainer.evaluate()
     losses = []
     for number in range(3):
@@ -230,6 +247,21 @@ def test_evaluation_is_the_mean_over_its_batches():
     assert evaluation.loss == pytest.approx(sum(losses) / 3, rel=1e-6)
     assert evaluation.perplexity == pytest.approx(math.exp(evaluation.loss))
     assert evaluation.num_targets == 3 * 4 * 16
+    assert evaluation.bits_per_byte is None  # ids alone do not know
+
+
+def test_bits_per_byte_by_hand(tmp_path):
+    # "ñ" is one token of two bytes: a loss of ln 2 per token is half a bit per byte.
+    (tmp_path / "n.txt").write_text("ñ" * 400, encoding="utf-8")
+    tokenizer = CharTokenizer.from_text("ñ")
+    data = TokenDataset.from_text_file(tmp_path / "n.txt", tokenizer)
+    config = TrainConfig(max_steps=1, device="cpu", eval_batches=1, micro_batch_size=1)
+
+    def coin(model, batch):
+        return torch.tensor(math.log(2) * 16), torch.tensor(16)
+
+    trainer = Trainer(toy_model(), data, val_data=data, config=config, loss_fn=coin)
+    assert trainer.evaluate().bits_per_byte == pytest.approx(0.5)
 
 
 def test_a_module_of_ones_own_trains():

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from llmforge.cli.program import program
 from llmforge.errors import ConvertError, DataError
 
 HELP = "see the whole way work: train, sample, export, verify (about two minutes)"
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="FOLDER", help="where to put everything (default: runs/demo, or the next free name)"
     )
-    parser.add_argument("--steps", type=int, default=1_500, metavar="N", help="optimizer steps (default: 1500)")
+    parser.add_argument("--steps", type=int, default=1_200, metavar="N", help="optimizer steps (default: 1200)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,17 +54,27 @@ def run(args: argparse.Namespace) -> int:
     code = _verify(gguf, trainer.model, tokenizer)
     print(f"""
 What to type next:
-  llmforge generate {out} --prompt "The "
-  llmforge export {out} --gguf {out.name}-q8.gguf --file-type Q8_0
-  llmforge info {gguf}
-  llmforge train YOUR-TEXT.txt""")
+  {program()} generate {out} --prompt "The "
+  {program()} export {out} --gguf {out.name}-q8.gguf --file-type Q8_0
+  {program()} info {gguf}
+  {program()} train YOUR-TEXT.txt""")
     return code
 
 
-# As char-gpt-cpu, with a larger learning rate: a run this short has no time for 1e-3.
+# Two minutes of two CPU cores. Pieces of words, since a model of characters would spend them on learning to spell; a context of
+# 256, since llama.cpp runs no shorter one, and text beyond the trained positions is no good; a large learning rate, for so few steps.
 _SETTINGS = {
-    "model": {"block_size": 128},
-    "train": {"lr": 3e-3, "min_lr": 1e-4, "eval_every_steps": 250, "sample_every_steps": 250, "micro_batch_size": 16},
+    "tokenizer": {"kind": "bpe", "vocab_size": 1_024},
+    "model": {"block_size": 256},
+    "train": {
+        "micro_batch_size": 4,
+        "lr": 4e-3,
+        "min_lr": 1e-4,
+        "eval_every_steps": 300,
+        "sample_every_steps": 300,
+        "sample_tokens": 80,
+        "save_every_steps": 300,
+    },
 }
 
 

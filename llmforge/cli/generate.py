@@ -2,7 +2,7 @@
 
 import argparse
 
-from llmforge.errors import DataError
+from llmforge.cli.model import add_model_arguments, load_model
 
 HELP = "write text with a trained model"
 DESCRIPTION = "Continue a prompt with a trained model, and print the text as it is generated."
@@ -14,7 +14,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="run folder, checkpoint, Hugging Face folder, or nanoGPT's ckpt.pt")
+    add_model_arguments(parser)
     parser.add_argument("--prompt", default="", help="beginning of the text (default: none)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=300, metavar="N", help="length of the continuation (default: 300)"
@@ -43,20 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
     parser.add_argument("--seed", type=int, help="same seed, same text (default: different every time)")
-    parser.add_argument("--checkpoint", metavar="NAME", help="latest (default), best, or a name like step-000500")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from llmforge.convert import load
     from llmforge.generation import stream_text
-    from llmforge.training import pick_device
 
-    model, tokenizer = load(args.model, checkpoint=args.checkpoint, device=pick_device(args.device))
-    if tokenizer is None:
-        raise DataError(
-            f"{args.model} has no tokenizer files, so its token ids cannot be turned into text; add a tokenizer.json"
-        )
+    model, tokenizer = load_model(args, device=args.device)
     pieces = stream_text(
         model,
         tokenizer,

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 class TokenizerConfig(Config):
     """Which tokenizer a run makes."""
 
-    kind: Literal["char", "bpe", "gpt2"] = (
-        "char"  # characters; byte-level BPE trained on the text; GPT-2's own vocabulary
-    )
+    kind: Literal["char", "bpe", "gpt2"] = "char"  # characters; BPE trained on the text; GPT-2's vocabulary
     vocab_size: int = 4_096  # bpe only
     pre_tokenizer: str = "qwen2"  # bpe only: how text is cut into words before merging
 

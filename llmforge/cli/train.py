@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmforge.cli.program import program
 from llmforge.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def run_trainer(trainer: "Trainer", config: "RunConfig") -> "TrainResult":
         with atomic_file(trainer.out_dir / "config.yaml") as tmp:
             tmp.write_text(config.to_yaml(), encoding="utf-8")
         print(
-            f"run      {trainer.out_dir}: Ctrl-C saves and stops; llmforge train --resume {trainer.out_dir} goes on",
+            f"run      {trainer.out_dir}: Ctrl-C saves and stops; {program()} train --resume {trainer.out_dir} goes on",
             flush=True,
         )
     result = trainer.train()
@@ -163,15 +164,15 @@ def train(trainer: "Trainer", config: "RunConfig") -> int:
     result = run_trainer(trainer, config)
     if result.stopped_by is None:
         if trainer.out_dir is not None:
-            print(f'next     llmforge generate {trainer.out_dir} --prompt "..."')
-            print(f"         llmforge export {trainer.out_dir} --gguf {trainer.out_dir.name}.gguf")
+            print(f'next     {program()} generate {trainer.out_dir} --prompt "..."')
+            print(f"         {program()} export {trainer.out_dir} --gguf {trainer.out_dir.name}.gguf")
         return 0
     return stopped(result, trainer)
 
 
 def stopped(result: "TrainResult", trainer: "Trainer") -> int:
     """Say how to go on after a signal; returns the exit code that shells expect."""
-    print(f"stopped by {result.stopped_by} and saved; go on with: llmforge train --resume {trainer.out_dir}")
+    print(f"stopped by {result.stopped_by} and saved; go on with: {program()} train --resume {trainer.out_dir}")
     return 130 if result.stopped_by == "SIGINT" else 143
 
 
@@ -187,7 +188,7 @@ def report(result: "TrainResult", trainer: "Trainer") -> None:
     print(
         f"done     step {result.step} in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s; {', '.join(losses)}"
     )
-    if result.best_val_loss is not None and result.best_step != result.step:
+    if result.val_loss is not None and result.best_val_loss is not None and result.best_val_loss < result.val_loss:
         print(f"         the best validation loss was {result.best_val_loss:.4f} at step {result.best_step}: "
               f"--checkpoint best uses it")  # fmt: skip
     if trainer.out_dir is not None:

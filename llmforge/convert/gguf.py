@@ -17,6 +17,7 @@ from llmforge.convert.published import ExportReport, publish
 from llmforge.errors import ConvertError
 from llmforge.formats.gguf import GGUFTensor, write_gguf
 from llmforge.tokenizers import Tokenizer
+from llmforge.tokenizers.base import UNUSED
 
 # Name -> general.file_type, llama.cpp's llama_ftype.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
@@ -120,10 +121,7 @@ def _vocabulary_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _pad_tokens_(vocabulary: dict[str, Any], rows: int) -> None:
     """Give rows of the embedding that stand for no token names that no text contains: llama.cpp wants as many of each."""
-    tokens = [*vocabulary["tokenizer.ggml.tokens"]]
-    types = [*vocabulary["tokenizer.ggml.token_type"]]
-    unused = range(len(tokens), rows)
-    vocabulary["tokenizer.ggml.tokens"] = tokens + [
-        f"[UNUSED {i}]" for i in unused
-    ]  # a space is no letter of the byte alphabet
-    vocabulary["tokenizer.ggml.token_type"] = types + [5 for _ in unused]  # 5: UNUSED
+    # A space is no letter of the byte alphabet, so no text can have these.
+    names = [f"[UNUSED {i}]" for i in range(len(vocabulary["tokenizer.ggml.tokens"]), rows)]
+    vocabulary["tokenizer.ggml.tokens"] = vocabulary["tokenizer.ggml.tokens"] + names
+    vocabulary["tokenizer.ggml.token_type"] = vocabulary["tokenizer.ggml.token_type"] + [UNUSED] * len(names)

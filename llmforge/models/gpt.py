@@ -55,9 +55,8 @@ class GPTConfig(ModelConfig):
     dropout: float = 0.0  # 0 for pretraining on plenty of text, 0.1-0.2 for many passes over little
     bias: bool = True  # in Linear and LayerNorm, as GPT-2; False is a little faster and no worse
     tie_word_embeddings: bool = True  # lm_head.weight is the token embedding
-    activation_function: Literal["gelu_new", "gelu"] = (
-        "gelu_new"  # tanh form, as GPT-2 and llama.cpp; "gelu" = erf, nanoGPT
-    )
+    # "gelu_new": the tanh form, as GPT-2 and llama.cpp; "gelu": the erf form, as nanoGPT.
+    activation_function: Literal["gelu_new", "gelu"] = "gelu_new"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):

@@ -35,8 +35,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
                     "tokenizer.json with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
                 )
         return None
+    content = read_tokenizer_file(path)
     try:
-        char_tokenizer = CharTokenizer.from_tokenizer_json(read_tokenizer_file(path))
+        char_tokenizer = CharTokenizer.from_tokenizer_json(content)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return char_tokenizer or BPETokenizer.from_file(path)

@@ -14,9 +14,8 @@ from llmforge.config import read_json_object
 from llmforge.errors import ConvertError, DataError
 from llmforge.formats.atomic import atomic_file
 
-END_OF_TEXT = (
-    "<|endoftext|>"  # ends a document; llama.cpp, LM Studio and Ollama stop at a token of this name by themselves
-)
+# Ends a document; llama.cpp, LM Studio and Ollama stop at a token of this name by themselves.
+END_OF_TEXT = "<|endoftext|>"
 
 MAX_JSON_BYTES = 256 * 2**20  # the largest tokenizer.json in use are about 35 MB
 
@@ -89,9 +88,8 @@ class GGUFVocabulary:
 
     tokens: list[str]  # by id; normal tokens in the byte alphabet, special ones as they are; no two alike
     token_types: list[int]  # NORMAL, CONTROL, USER_DEFINED or UNUSED
-    merges: list[
-        str
-    ]  # "left right", first merge first; never empty, since writers drop empty arrays and llama.cpp wants one
+    # "left right", first merge first; never empty, since writers drop empty arrays and llama.cpp wants one
+    merges: list[str]
     pre: str  # name of the pre-tokenizer
 
 

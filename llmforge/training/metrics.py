@@ -46,6 +46,12 @@ class EvalMetrics:
     step: int  # steps done before it
     loss: float  # mean over all targets, nats
     num_targets: int
+    bytes_per_token: float | None = None  # of the data, where it knows
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """loss in bits per byte of text: comparable between tokenizers, as the loss per token is not."""
+        return None if self.bytes_per_token is None else self.loss / math.log(2) / self.bytes_per_token
 
     @property
     def perplexity(self) -> float:

@@ -45,8 +45,11 @@ class Progress:
 
     def evaluation(self, metrics: EvalMetrics, improved: bool) -> None:
         """Show a validation loss."""
+        bits = f"  {metrics.bits_per_byte:.3f} bits/byte" if metrics.bits_per_byte is not None else ""
         best = "  (best so far)" if improved else ""
-        self._write(f"step {metrics.step}  val loss {metrics.loss:.4f}  perplexity {metrics.perplexity:.2f}{best}")
+        self._write(
+            f"step {metrics.step}  val loss {metrics.loss:.4f}  perplexity {metrics.perplexity:.2f}{bits}{best}"
+        )
 
     def sample(self, text: str) -> None:
         """Show a sample, on one indented block."""

@@ -47,9 +47,8 @@ class Dataset(Protocol):
 class Trainer:
     """Trains any module with `forward(idx) -> logits`; one `next()` is one optimizer step.
 
-    >>> trainer = Trainer(model, train_data, config=TrainConfig(max_steps=100))    # doctest: +SKIP
-    >>> for metrics in trainer:                                                    # doctest: +SKIP
-    ...     print(metrics.step, metrics.loss)
+        for metrics in Trainer(model, train_data, config=TrainConfig(max_steps=100)):
+            print(metrics.step, metrics.loss)
 
     Args:
         model: the module; it is moved to the configured device and trained in place.
@@ -214,7 +213,12 @@ class Trainer:
                 num_targets += int(micro_targets)
         finally:
             self.model.train(was_training)
-        self.last_eval = EvalMetrics(step=self.step, loss=loss_sum / max(1, num_targets), num_targets=num_targets)
+        self.last_eval = EvalMetrics(
+            step=self.step,
+            loss=loss_sum / max(1, num_targets),
+            num_targets=num_targets,
+            bytes_per_token=getattr(data, "bytes_per_token", None),
+        )
         return self.last_eval
 
     def sample(self) -> str:
@@ -323,7 +327,12 @@ class Trainer:
                     improved = False
                     if self.val_data is not None and (last or self._due(self.config.eval_every_steps)):
                         evaluation = self.evaluate()
-                        log.write(step=self.step, val_loss=evaluation.loss, val_perplexity=evaluation.perplexity)
+                        log.write(
+                            step=self.step,
+                            val_loss=evaluation.loss,
+                            val_perplexity=evaluation.perplexity,
+                            val_bits_per_byte=evaluation.bits_per_byte,
+                        )
                         screen.evaluation(evaluation, improved := best_loss is None or evaluation.loss < best_loss)
                         if improved:
                             best_loss, best_step = evaluation.loss, self.step
