@@ -84,7 +84,16 @@ class Config:
         """The config as YAML, fields in their declared order."""
         import yaml
 
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        class Dumper(yaml.SafeDumper):
+            pass
+
+        # Without double quotes PyYAML writes Unicode's line breaks (U+0085, U+2028, U+2029) as they are, and YAML folds them away.
+        def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+            style = None if value.isprintable() else '"'
+            return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+        Dumper.add_representer(str, text)
+        return str(yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,10 +1,16 @@
-"""No test reaches the network, and none writes into the user's cache."""
+"""No test reaches the network, none writes into the user's cache, and the same tests run everywhere."""
 
 import os
 import socket
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run, on a machine of any speed. To search for new ones: pytest --hypothesis-profile=search
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None, max_examples=2_000)
+settings.load_profile("repeatable")
 
 # The tests run in two processes on small machines: threads of one that wait for the other cost more than they bring.
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmforge import ConfigError, GPTConfig, TrainConfig
@@ -85,6 +85,8 @@ outers = st.builds(
 
 
 @given(outers)
+@example(Outer(name="\x85"))  # line breaks that YAML folds away when they stand unquoted
+@example(Outer(name="a\u2028\u2029b: #"))
 def test_round_trip_through_dict_json_and_yaml(tmp_path_factory, config):
     assert Outer.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     path = tmp_path_factory.getbasetemp() / "config.yaml"
