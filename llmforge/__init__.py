@@ -19,6 +19,8 @@ _NAMES = {
     "GPT": "llmforge.models",
     "GPTConfig": "llmforge.models",
     "LLMForgeError": "llmforge.errors",
+    "Llama": "llmforge.models",
+    "LlamaConfig": "llmforge.models",
     "TiktokenTokenizer": "llmforge.tokenizers",
     "TokenDataset": "llmforge.data",
     "TrainConfig": "llmforge.training",
@@ -26,6 +28,7 @@ _NAMES = {
     "export_gguf": "llmforge.convert",
     "export_hf": "llmforge.convert",
     "generate": "llmforge.generation",
+    "generate_batch": "llmforge.generation",
     "generate_text": "llmforge.generation",
     "load": "llmforge.convert",
     "load_tokenizer": "llmforge.tokenizers",
@@ -43,6 +46,8 @@ __all__ = [
     "DataError",
     "GPTConfig",
     "LLMForgeError",
+    "Llama",
+    "LlamaConfig",
     "TiktokenTokenizer",
     "TokenDataset",
     "TrainConfig",
@@ -51,6 +56,7 @@ __all__ = [
     "export_gguf",
     "export_hf",
     "generate",
+    "generate_batch",
     "generate_text",
     "load",
     "load_tokenizer",
@@ -63,8 +69,8 @@ if TYPE_CHECKING:
     from llmforge.data import TokenDataset
     from llmforge.deploy import verify_gguf
     from llmforge.errors import CheckpointError, ConfigError, ConvertError, DataError, LLMForgeError
-    from llmforge.generation import generate, generate_text, stream_text
-    from llmforge.models import GPT, GPTConfig
+    from llmforge.generation import generate, generate_batch, generate_text, stream_text
+    from llmforge.models import GPT, GPTConfig, Llama, LlamaConfig
     from llmforge.tokenizers import BPETokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer
     from llmforge.training import TrainConfig, Trainer
 

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llmforge.errors import ConfigError
+from llmforge.errors import ConfigError, shown
 
 if typing.TYPE_CHECKING:
     from typing_extensions import Self
+
+MAX_JSON_BYTES = 32 * 2**20  # the index of a model of 60,000 tensors has 6 MB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,12 +36,12 @@ class Config:
             ConfigError: an unknown field (with the nearest known one), or a value that is not of the field's type.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{cls.__name__} needs a mapping of field to value, not {values!r}")
+            raise ConfigError(f"{cls.__name__} needs a mapping of field to value, not {shown(values)}")
         hints = typing.get_type_hints(cls)
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
-                raise ConfigError(f"unknown {cls.__name__} field {name!r}; {did_you_mean(name, names)}")
+                raise ConfigError(f"unknown {cls.__name__} field {shown(name)}; {did_you_mean(name, names)}")
         missing = [
             field.name
             for field in dataclasses.fields(cls)
@@ -96,10 +98,20 @@ class Config:
         return str(yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
-def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json_object(path: str | os.PathLike[str], *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Parse a JSON file that must hold one object; ConfigError names the file and the place otherwise."""
+    path = Path(path)
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if not path.is_file():  # a pipe or a device may never end
+            raise ConfigError(f"{path} is no ordinary file; copy or download it again")
+        if size > max_bytes:
+            raise ConfigError(
+                f"{path} has {size:,} bytes; at most {max_bytes:,} are allowed: it is damaged or something else"
+            )
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5000 digits
@@ -126,33 +138,35 @@ def read_yaml_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def did_you_mean(name: object, known: list[str]) -> str:
     """The end of an error about an unknown name: the nearest known one, or all of them."""
-    nearest = _SYNONYMS.get(str(name))
-    if nearest not in known:
-        nearest = next(iter(difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)), None)
+    synonyms = next((group for group in _SYNONYMS if name in group), ())
+    nearest = next((synonym for synonym in synonyms if synonym in known), None)
+    if nearest is None:
+        nearest = next(iter(difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.6)), None)
     return f"did you mean {nearest!r}?" if nearest else f"known: {', '.join(sorted(known))}"
 
 
-# What people type who come from other trainers; spelling distance alone would not find these.
-_SYNONYMS = {
-    "learning_rate": "lr",
-    "min_learning_rate": "min_lr",
-    "batch_size": "micro_batch_size",
-    "per_device_train_batch_size": "micro_batch_size",
-    "gradient_accumulation_steps": "grad_accum_steps",
-    "max_iters": "max_steps",
-    "warmup_iters": "warmup_steps",
-    "eval_interval": "eval_every_steps",
-    "eval_iters": "eval_batches",
-    "save_steps": "save_every_steps",
-    "max_grad_norm": "grad_clip",
-    "lr_scheduler_type": "schedule",
-    "output_dir": "out_dir",
-    "context_length": "block_size",
-    "max_position_embeddings": "block_size",
-    "hidden_size": "n_embd",
-    "num_layers": "n_layer",
-    "num_heads": "n_head",
-}
+# What people type who come from other trainers or families; spelling distance alone would not find these.
+_SYNONYMS = [
+    ("lr", "learning_rate"),
+    ("min_lr", "min_learning_rate"),
+    ("micro_batch_size", "batch_size", "per_device_train_batch_size"),
+    ("grad_accum_steps", "gradient_accumulation_steps"),
+    ("max_steps", "max_iters"),
+    ("warmup_steps", "warmup_iters"),
+    ("eval_every_steps", "eval_interval"),
+    ("eval_batches", "eval_iters"),
+    ("save_every_steps", "save_steps"),
+    ("grad_clip", "max_grad_norm"),
+    ("schedule", "lr_scheduler_type"),
+    ("out_dir", "output_dir"),
+    ("block_size", "max_position_embeddings", "context_length", "max_seq_len"),
+    ("n_embd", "hidden_size", "d_model", "dim"),
+    ("n_layer", "num_hidden_layers", "num_layers", "n_layers"),
+    ("n_head", "num_attention_heads", "num_heads", "n_heads"),
+    ("num_key_value_heads", "n_kv_heads"),
+    ("dropout", "attention_dropout"),
+    ("bias", "attention_bias"),
+]
 
 
 def _plain(value: Any) -> Any:
@@ -183,14 +197,14 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, str):
             value = value.strip("[]() ").split(",")
         if not isinstance(value, (list, tuple)) or (items[-1] is not Ellipsis and len(items) != len(value)):
-            raise ConfigError(f"{name} must be {_describe(hint)}, got {value!r}")
+            raise ConfigError(f"{name} must be {_describe(hint)}, got {shown(value)}")
         if items[-1] is Ellipsis:
             items = items[:1] * len(value)
         return tuple(_coerce(name, item, item_hint) for item, item_hint in zip(value, items, strict=True))
     if origin is typing.Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
         return value
     if isinstance(hint, type) and issubclass(hint, Config):
         return value if isinstance(value, hint) else hint.from_dict(value)
@@ -203,15 +217,17 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, str):
             value = _number(value)
         if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+            if abs(value) >= 2**64:
+                raise ConfigError(f"{name} must be a whole number below 2**64, got {shown(value)}")
             return int(value)
     elif hint is float and not isinstance(value, bool):
         if isinstance(value, str):
             value = _number(value)
-        if isinstance(value, (int, float)):
+        if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000):  # what a float can hold
             return float(value)
     elif hint is str and isinstance(value, (str, os.PathLike)):
         return os.fspath(value)
-    raise ConfigError(f"{name} must be {_describe(hint)}, got {value!r}")
+    raise ConfigError(f"{name} must be {_describe(hint)}, got {shown(value)}")
 
 
 def _number(text: str) -> int | float | str:

@@ -1,8 +1,18 @@
 """What llmforge raises when the input is at fault; every message gives the value, the rule and the way out."""
 
+import reprlib
+
+MAX_MESSAGE = 600  # characters; values come from files, and may be of any length
+
 
 class LLMForgeError(Exception):
-    """Base of the errors below: `except llmforge.LLMForgeError` catches what a user can put right."""
+    """Base of the errors below: `except llmforge.LLMForgeError` catches what a user can put right.
+
+    Its text is one line that a terminal can show, whatever the file has that it quotes; of a very long one the middle is left out.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(LLMForgeError, ValueError):
@@ -19,3 +29,34 @@ class CheckpointError(LLMForgeError, RuntimeError):
 
 class ConvertError(LLMForgeError, ValueError):
     """A model or file that cannot be expressed in the format asked for."""
+
+
+def one_line(text: str) -> str:
+    """A text without its middle, if it is long, and with control characters as escapes.
+
+    >>> one_line("a\\n" + 1000 * "b" + "c")[:4]
+    'a\\\\nb'
+    """
+    half = MAX_MESSAGE // 2 - 2
+    for _ in range(2):  # an escape is longer than its character
+        if len(text) > MAX_MESSAGE:
+            text = f"{text[:half]}...{text[-half:]}"
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text
+
+
+def shown(value: object) -> str:
+    """`repr` of a value that a file has, cut where it is long or deep: values can be larger than the memory when written out.
+
+    >>> shown({"a": [1, 2.5, "x" * 1000]})
+    "{'a': [1, 2.5, 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx']}"
+    """
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a value that is too long to write"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 77, 120, 40

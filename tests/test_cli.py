@@ -357,3 +357,95 @@ def test_what_is_printed_to_be_typed_works_without_an_activated_environment(monk
 def test_no_command_prints_the_help(capsys):
     assert main([]) == 0
     assert "llmforge demo" in capsys.readouterr().out
+
+
+LLAMA = ["--preset", "llama-15m", "--vocab-size", "300", "--set", "hidden_size=64", "--set", "intermediate_size=96"]
+LLAMA += ["--set", "num_hidden_layers=1", "--set", "max_position_embeddings=32", "--set", "device=cpu"]
+LLAMA += ["--set", "eval_batches=2", "--set", "sample_tokens=10"]
+
+
+@pytest.fixture(scope="session")
+def llama(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "llama"
+    assert main(["train", str(text), "--out", str(out), "--steps", "4", *LLAMA]) == 0
+    return out
+
+
+def test_a_llama_trains_resumes_and_is_described(llama, tmp_path, capsys):
+    run = Path(shutil.copytree(llama, tmp_path / "run"))
+    assert "family: llama" in (run / "config.yaml").read_text(encoding="utf-8")
+    assert main(["train", "--resume", str(run), "--steps", "6"]) == 0
+    assert (run / "step-000006").is_dir()
+    capsys.readouterr()
+    assert main(["info", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "Llama " in out
+    assert "num_key_value_heads    4" in out
+    assert "BPETokenizer, vocabulary of 300" in out
+    assert main(["train", "--config", str(run / "config.yaml"), "--out", str(tmp_path / "again"), "--steps", "2"]) == 0
+    assert (tmp_path / "again" / "step-000002").is_dir()
+
+
+def test_a_setting_of_the_other_family_is_named(text, tmp_path, capsys):
+    assert main(["train", str(text), "--out", str(tmp_path / "r"), *LLAMA, "--set", "n_layer=2"]) == 2
+    assert "unknown LlamaConfig field 'n_layer'; did you mean 'num_hidden_layers'?" in capsys.readouterr().err
+    assert main(["train", str(text), "--preset", "llama-15", "--out", str(tmp_path / "r")]) == 2
+    assert "unknown preset 'llama-15'; did you mean 'llama-15m'?" in capsys.readouterr().err
+    assert main(["train", str(text), "--set", "family=lama", "--out", str(tmp_path / "r")]) == 2
+    assert "unknown family 'lama'; did you mean 'llama'?" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_export_goes_from_file_to_file(llama, tmp_path, capsys):
+    assert main(["export", str(llama), "--hf", str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
+    assert main(["export", str(tmp_path / "hf"), "--gguf", str(tmp_path / "a.gguf"), "--file-type", "BF16"]) == 0
+    assert main(["info", str(tmp_path / "a.gguf")]) == 0
+    assert "llama.attention.head_count_kv" in capsys.readouterr().out
+    # A GGUF is a model like any other.
+    assert main(["generate", str(tmp_path / "a.gguf"), "--prompt", "En", "--max-new-tokens", "5", "--seed", "1"]) == 0
+    assert main(["export", str(tmp_path / "a.gguf"), "--hf", str(tmp_path / "back")]) == 0
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name].float(), theirs[name].float()) for name in ours)
+
+
+def test_chat_answers_in_the_models_form(llama, tmp_path, capsys, monkeypatch):
+    hf = tmp_path / "hf"
+    assert main(["export", str(llama), "--hf", str(hf)]) == 0
+    arguments = ["chat", str(hf), "--max-new-tokens", "4", "--temperature", "0", "--device", "cpu"]
+    assert main(arguments) == 2
+    assert "has no chat template: it continues texts and does not answer" in capsys.readouterr().err
+    path = hf / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}|{% endfor %}a"
+    values = {**json.loads(path.read_text(encoding="utf-8")), "chat_template": template}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    seen = []
+    import llmforge.generation
+
+    stream = llmforge.generation.stream_text
+
+    def spy(model, tokenizer, ids, **options):
+        seen.append(tokenizer.decode(ids))
+        return stream(model, tokenizer, ids, **options)
+
+    monkeypatch.setattr(llmforge.generation, "stream_text", spy)
+    lines = iter(["Hola", "y", "/new", "Lugar"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, ""))
+    assert main([*arguments, "--system", "S"]) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert seen[0] == "sS|uHola|a"
+    assert seen[1] == f"sS|uHola|a{answers[0]}|uy|a"
+    assert seen[2] == "sS|uLugar|a"
+    # What does not fit the context of 32 tokens is forgotten from the front, the system's part last.
+    lines = iter([f"pregunta {i}" for i in range(5)])
+    assert main([*arguments, "--system", "S"]) == 0
+    assert all(text.startswith("sS|u") for text in seen)
+    assert "pregunta 0" not in seen[-1]
+    assert "pregunta 4" in seen[-1]
+
+
+def test_a_revision_is_of_a_repository(llama, capsys):
+    assert main(["generate", str(llama), "--revision", "main"]) == 2
+    assert "is not 'owner/name'" in capsys.readouterr().err
+    assert main(["info", "no-such-owner/no-such-model"]) == 2
+    assert "neither in the cache nor can it be downloaded" in capsys.readouterr().err

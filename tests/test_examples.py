@@ -41,6 +41,17 @@ def test_your_own_model_script(text, tmp_path):
     assert "step 100  loss" in run(EXAMPLES / "your_own_model.py", text, "--steps", 100, cwd=tmp_path)
 
 
+def test_llama_scripts(text, tmp_path):
+    arguments = [EXAMPLES / "llama_from_scratch.py", text, "--vocab-size", 300, "--width", 64]
+    out = run(*arguments, "--steps", 2, cwd=tmp_path)
+    assert "wrote runs/llama/hf and runs/llama/model.gguf" in out
+    assert "going on from step 2" in run(*arguments, "--steps", 3, cwd=tmp_path)
+    out = run(EXAMPLES / "open_model.py", "runs/llama/hf", "--max-new-tokens", 5, "--gguf", "a.gguf", cwd=tmp_path)
+    assert "Llama of" in out
+    assert (tmp_path / "a.gguf").is_file()
+    assert "Llama of" in run(EXAMPLES / "open_model.py", "a.gguf", "--max-new-tokens", 5, cwd=tmp_path)
+
+
 def test_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("QUIJOTE_STEPS", "4")
     notebook = nbformat.read(EXAMPLES / "quijote.ipynb", as_version=4)
@@ -103,3 +114,22 @@ def test_kill_benchmark(tmp_path, monkeypatch):
     run(ROOT / "benchmarks" / "kill_and_resume.py", "--kills", 1, "--steps", 200, "--longest-wait", 0.1, cwd=tmp_path)
     result = json.loads((tmp_path / "kill-and-resume.json").read_text(encoding="utf-8"))
     assert (result["same_weights"], result["same_optimizer_state"]) == (True, True)
+
+
+def test_llama_vs_gpt_benchmark(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMFORGE_BENCHMARK_RESULTS", str(tmp_path))
+    sizes = ["--steps", 2, "--micro-batch-size", 1, "--seq-len", 16, "--vocab-size", 300, "--out", tmp_path / "compare"]
+    out = run(ROOT / "benchmarks" / "llama_vs_gpt.py", text, *sizes, "--model", "gpt", cwd=tmp_path)
+    assert "not complete yet" in out
+    run(ROOT / "benchmarks" / "llama_vs_gpt.py", text, *sizes, cwd=tmp_path)
+    result = json.loads((tmp_path / "llama-vs-gpt.json").read_text(encoding="utf-8"))
+    assert {name: list(model["val_loss"]) for name, model in result["models"].items()} == {"llama": ["2"], "gpt": ["2"]}
+
+
+def test_streaming_benchmark(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMFORGE_BENCHMARK_RESULTS", str(tmp_path))
+    arguments = ["--out", tmp_path / "stream", "--preset", "llama-15m", "--repeat", 1, "--load"]
+    run(ROOT / "benchmarks" / "stream_8b.py", *arguments, cwd=tmp_path)
+    result = json.loads((tmp_path / "stream-llama-15m.json").read_text(encoding="utf-8"))
+    assert set(result["results"]) == {"copy", "meta", "gguf", "hf", "load"}
+    assert not (tmp_path / "stream").exists()

@@ -5,6 +5,7 @@ import os
 import resource
 import weakref
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from llmforge.errors import CheckpointError
 from llmforge.formats.atomic import WriteError, atomic_folder
-from llmforge.formats.gguf import GGUFTensor, read_gguf_header, read_gguf_tensor, write_gguf
+from llmforge.formats.gguf import GGUFTensor, encode, read_gguf_header, read_gguf_tensors, write_gguf
+from llmforge.formats.lazy import LazyTensor
 from llmforge.formats.safetensors import read_safetensors, write_safetensors
 
 
@@ -35,7 +37,12 @@ def some_tensors() -> dict[str, torch.Tensor]:
     }
 
 
+def lazy(tensors) -> dict[str, LazyTensor]:
+    return {name: LazyTensor.of(tensor) for name, tensor in dict(tensors).items()}
+
+
 def assert_same_tensors(found, expected):
+    found = {name: t.read() if isinstance(t, LazyTensor) else t for name, t in found.items()}
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
@@ -44,16 +51,15 @@ def assert_same_tensors(found, expected):
 
 def test_safetensors_are_what_the_safetensors_package_reads_and_writes(tmp_path):
     tensors = some_tensors()
-    write_safetensors(tmp_path, tensors.items())
+    write_safetensors(tmp_path, lazy(tensors))
     assert_same_tensors(load_file(tmp_path / "model.safetensors"), tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs.safetensors")
     for path in (tmp_path, tmp_path / "theirs.safetensors"):
-        with read_safetensors(path) as ours:
-            assert_same_tensors(ours, tensors)
-            assert "matrix" in ours
-            assert "other" not in ours
-            assert len(ours) == 9
-            assert (ours.shape("transposed"), ours.dtype("half")) == ((2, 6), torch.float16)
+        ours = read_safetensors(path)
+        assert_same_tensors(ours, tensors)
+        assert {name: (t.shape, t.dtype) for name, t in ours.items()} == {
+            name: (tuple(t.shape), t.dtype) for name, t in tensors.items()
+        }
 
 
 def header_of(file: Path) -> dict:
@@ -62,7 +68,7 @@ def header_of(file: Path) -> dict:
 
 
 def test_each_tensor_is_aligned_and_the_file_says_pt(tmp_path):
-    write_safetensors(tmp_path, some_tensors().items())
+    write_safetensors(tmp_path, lazy(some_tensors()))
     header = header_of(tmp_path / "model.safetensors")
     assert header.pop("__metadata__") == {"format": "pt"}  # transformers refuses a file without
     sizes = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "U8": 1}
@@ -73,7 +79,7 @@ def test_each_tensor_is_aligned_and_the_file_says_pt(tmp_path):
 def test_weights_can_be_read_by_whom_the_umask_allows(tmp_path):
     before = os.umask(0o022)
     try:
-        write_safetensors(tmp_path, some_tensors().items())
+        write_safetensors(tmp_path, lazy(some_tensors()))
     finally:
         os.umask(before)
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
@@ -81,7 +87,7 @@ def test_weights_can_be_read_by_whom_the_umask_allows(tmp_path):
 
 def test_shards_hold_what_fits_and_the_index_lists_it(tmp_path):
     tensors = {f"t{i}": torch.randn(10, 10) for i in range(7)} | {"large": torch.randn(50, 10)}
-    write_safetensors(tmp_path, tensors.items(), max_shard_bytes=900)  # two of 400 bytes fit; the large one is alone
+    write_safetensors(tmp_path, lazy(tensors), max_shard_bytes=900)  # two of 400 bytes fit; the large one is alone
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text(encoding="utf-8"))
     files = [f"model-{i:05d}-of-00005.safetensors" for i in range(1, 6)]
     assert sorted(file.name for file in tmp_path.iterdir()) == [*files, "model.safetensors.index.json"]
@@ -92,32 +98,66 @@ def test_shards_hold_what_fits_and_the_index_lists_it(tmp_path):
         "t2": files[1],
         "large": files[4],
     }
-    with read_safetensors(tmp_path) as ours:
-        assert_same_tensors(ours, tensors)
+    assert_same_tensors(read_safetensors(tmp_path), tensors)
 
 
-def test_writing_holds_one_shard_in_memory(tmp_path):
+def test_writing_holds_one_tensor_in_memory(tmp_path):
     alive, most = set(), 0
 
-    def tensors():
+    def made(i):
         nonlocal most
-        for i in range(12):
-            tensor = torch.full((100,), float(i))
-            alive.add(i)
-            weakref.finalize(tensor, alive.discard, i)
-            most = max(most, len(alive))
-            yield f"t{i}", tensor
-            del tensor
+        tensor = torch.full((100,), float(i))
+        alive.add(i)
+        weakref.finalize(tensor, alive.discard, i)
+        most = max(most, len(alive))
+        return tensor
 
-    write_safetensors(tmp_path, tensors(), max_shard_bytes=800)
-    assert most <= 3  # two in the shard, and the one that did not fit
+    tensors = {f"t{i}": LazyTensor((100,), torch.float32, partial(made, i)) for i in range(12)}
+    write_safetensors(tmp_path, tensors, max_shard_bytes=800)
+    assert most <= 2  # one, and its successor while the name is bound anew
+    assert_same_tensors(read_safetensors(tmp_path), {f"t{i}": torch.full((100,), float(i)) for i in range(12)})
+
+
+def test_reading_a_tensor_leaves_the_others_on_disk(tmp_path):
+    write_safetensors(tmp_path, {f"t{i}": LazyTensor.of(torch.full((2**20,), float(i))) for i in range(8)})
+    tensors = read_safetensors(tmp_path)
+    mapped = [
+        line for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines() if str(tmp_path) in line
+    ]
+    assert mapped == []  # headers alone were read
+    values = tensors["t3"].read()
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in maps if str(tmp_path) in line]
+    first, last = (int(number, 16) for number in line.split()[0].split("-"))
+    assert last - first < 2 * 4 * 2**20
+    assert values[5] == 3
+    del values  # and its mapping ends with it
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+def test_a_change_of_what_was_read_does_not_reach_the_file(tmp_path):
+    write_safetensors(tmp_path, lazy({"a": torch.ones(3)}))
+    read_safetensors(tmp_path)["a"].read().zero_()
+    assert read_safetensors(tmp_path)["a"].read().tolist() == [1, 1, 1]
+
+
+def test_a_lazy_tensor_knows_what_a_change_makes_of_it_without_reading():
+    def never():
+        raise AssertionError("read")
+
+    stored = LazyTensor((2, 6), torch.float32, never)
+    changed = stored.then(lambda t: t.t().to(torch.bfloat16))
+    assert (changed.shape, changed.dtype, changed.numel, changed.nbytes) == ((6, 2), torch.bfloat16, 12, 24)
+    with pytest.raises(AssertionError, match="read"):
+        changed.read()
+    assert LazyTensor.of(torch.ones(2, 6)).then(lambda t: 2 * t).then(lambda t: t[0]).read().tolist() == [2] * 6
 
 
 @pytest.mark.parametrize(
     "file", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..\\b.safetensors", "weights.bin", ""]
 )
 def test_an_index_does_not_lead_out_of_its_folder(tmp_path, file):
-    write_safetensors(tmp_path, [("a", torch.ones(2))])
+    write_safetensors(tmp_path, lazy({"a": torch.ones(2)}))
     (tmp_path / "folder").mkdir()
     index = tmp_path / "folder" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": file}}), encoding="utf-8")
@@ -139,7 +179,7 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path, file):
     ],
 )
 def test_an_index_must_fit_its_shards(tmp_path, change, message):
-    write_safetensors(tmp_path, [(f"t{i}", torch.ones(5)) for i in range(4)], max_shard_bytes=40)
+    write_safetensors(tmp_path, lazy((f"t{i}", torch.ones(5)) for i in range(4)), max_shard_bytes=40)
     file = tmp_path / "model.safetensors.index.json"
     index = json.loads(file.read_text(encoding="utf-8"))
     change(index)
@@ -149,7 +189,7 @@ def test_an_index_must_fit_its_shards(tmp_path, change, message):
 
 
 def test_a_file_cut_anywhere_is_called_cut_off(tmp_path):
-    write_safetensors(tmp_path, some_tensors().items())
+    write_safetensors(tmp_path, lazy(some_tensors()))
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
     for length in [*range(0, 40), *range(40, len(whole), 37), len(whole) - 1]:
@@ -211,11 +251,15 @@ def test_a_folder_without_weights_is_an_error(tmp_path):
 
 
 def test_a_file_that_vanishes_while_it_is_read_is_an_error(tmp_path):
-    write_safetensors(tmp_path, [("a", torch.ones(2))])
-    with read_safetensors(tmp_path) as tensors:
-        (tmp_path / "model.safetensors").unlink()
-        with pytest.raises(CheckpointError, match=r"cannot read 'a' from .*model\.safetensors"):
-            tensors["a"]
+    write_safetensors(tmp_path, lazy({"a": torch.ones(2)}))
+    tensors = read_safetensors(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
+        tensors["a"].read()
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors: .*No such file"):
+        tensors["a"].read()
 
 
 def mutated(data: st.DataObject, whole: bytes) -> bytes:
@@ -242,7 +286,7 @@ def mutated(data: st.DataObject, whole: bytes) -> bytes:
 @pytest.fixture(scope="module")
 def safetensors_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("safetensors")
-    write_safetensors(folder, [("a", torch.randn(2, 3)), ("b", torch.randn(4).half())])
+    write_safetensors(folder, lazy({"a": torch.randn(2, 3), "b": torch.randn(4).half()}))
     return folder / "model.safetensors"
 
 
@@ -251,9 +295,10 @@ def safetensors_file(tmp_path_factory):
 def test_a_mutated_safetensors_file_reads_or_raises_our_error(safetensors_file, data):
     file = safetensors_file.with_name("mutated.safetensors")
     file.write_bytes(mutated(data, safetensors_file.read_bytes()))
-    with suppress(CheckpointError), read_safetensors(file) as tensors:
-        for name in tensors:
-            assert tensors[name].shape == tensors.shape(name)
+    with suppress(CheckpointError):
+        for tensor in read_safetensors(file).values():
+            values = tensor.read()
+            assert (tuple(values.shape), values.dtype) == (tensor.shape, tensor.dtype)
 
 
 # --- GGUF
@@ -275,7 +320,7 @@ def gguf_tensors() -> tuple[dict[str, np.ndarray], list[GGUFTensor]]:
         f"{kind}.weight": rng.standard_normal((3, 64) if kind != "F32" else (5,)).astype(np.float32)
         for kind in ("F32", "F16", "BF16", "Q8_0")
     }
-    tensors = [GGUFTensor(name, v.shape, name.split(".")[0], lambda v=v: v) for name, v in values.items()]
+    tensors = [GGUFTensor(name, name.split(".")[0], LazyTensor.of(torch.from_numpy(v))) for name, v in values.items()]
     return values, tensors
 
 
@@ -310,28 +355,88 @@ def test_gguf_reads_back(gguf_file):
     assert header.metadata["general.architecture"] == "toy"
     # Rounding: 11 and 8 bits of mantissa; Q8_0 half a step of the largest of 32, and the scale's own rounding.
     errors = {"F32": 0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.51 / 127}
-    for tensor in header.tensors:
-        expected = values[tensor.name]
-        found = read_gguf_tensor(gguf_file, tensor)
-        assert found.shape == expected.shape
-        assert found.dtype == np.float32
-        assert np.abs(found - expected).max() <= errors[tensor.type_name] * np.abs(expected).max()
+    tensors = read_gguf_tensors(gguf_file, header)
+    assert list(tensors) == [info.name for info in header.tensors] == list(values)
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
+    for info in header.tensors:
+        expected, tensor = torch.from_numpy(values[info.name]), tensors[info.name]
+        found = tensor.read()
+        assert tuple(found.shape) == tensor.shape == info.shape == tuple(expected.shape)
+        assert found.dtype == tensor.dtype == dtypes[info.type_name]  # floats stay what they are in the file
+        assert (found.float() - expected).abs().max() <= errors[info.type_name] * expected.abs().max()
 
 
 def test_gguf_tensors_are_made_one_at_a_time(tmp_path):
-    order = []
+    order, alive = [], weakref.WeakSet()
 
-    def values(name):
-        order.append(name)
-        return np.zeros((1, 32), np.float32)
+    def made(name):
+        values = torch.zeros(1, 32)
+        order.append((name, len(alive)))
+        alive.add(values)
+        return values
 
-    def tensors():
-        for name in ("a", "b"):
-            yield GGUFTensor(name, (1, 32), "F16", lambda name=name: values(name))
-        assert order == []  # the header is written before any values are made
+    tensors = [GGUFTensor(n, "F16", LazyTensor((1, 32), torch.float32, partial(made, n))) for n in ("a", "b", "c")]
+    write_gguf(tmp_path / "x.gguf", "toy", {}, tensors)
+    assert order == [("a", 0), ("b", 0), ("c", 0)]  # each one gone before the next is read
 
-    write_gguf(tmp_path / "x.gguf", "toy", {}, tensors())
-    assert order == ["a", "b"]
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q6_K"])
+def test_every_type_is_decoded_as_the_gguf_package_does(tmp_path, kind):
+    """Files of others have types that are read here and not written; any bytes are values of them."""
+    number = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    raw = np.random.default_rng(0).integers(0, 60, (5, 512 // block * size), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "toy")
+    writer.add_tensor("t", raw, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensor = read_gguf_tensors(tmp_path / "x.gguf", read_gguf_header(tmp_path / "x.gguf"))["t"]
+    assert tensor.shape == (5, 512)
+    assert np.array_equal(tensor.read().float().numpy(), gguf.quants.dequantize(raw, number), equal_nan=True)
+
+
+def test_a_tensor_larger_than_a_chunk_is_written_and_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmforge.formats.gguf._CHUNK", 100)  # values: one row of 64 at a time
+    values = torch.randn(2, 7, 64)
+    tensors = [GGUFTensor(kind, kind, LazyTensor.of(values)) for kind in ("F32", "Q8_0")]
+    write_gguf(tmp_path / "x.gguf", "toy", {}, tensors)
+    found = read_gguf_tensors(tmp_path / "x.gguf", read_gguf_header(tmp_path / "x.gguf"))
+    assert torch.equal(found["F32"].read(), values)
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    expected = gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), q8), q8)
+    assert np.array_equal(found["Q8_0"].read().numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_encoding_starts_from_any_float_type(dtype, kind):
+    values = (torch.randn(3, 64) * torch.tensor([1e-6, 1.0, 1e3])[:, None]).to(dtype)
+    expected = gguf.quants.quantize(values.float().numpy(), gguf.GGMLQuantizationType[kind])
+    assert encode(values, kind).tobytes() == expected.tobytes()
+
+
+def test_a_type_that_cannot_be_decoded_is_named(tmp_path):
+    number = gguf.GGMLQuantizationType.Q8_K
+    _, size = gguf.GGML_QUANT_SIZES[number]
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "toy")
+    writer.add_tensor("odd.weight", np.zeros((1, size), np.uint8), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"x\.gguf has the tensor 'odd\.weight' in Q8_K, which cannot be decoded"):
+        read_gguf_tensors(tmp_path / "x.gguf", read_gguf_header(tmp_path / "x.gguf"))
+
+
+def test_a_gguf_that_is_cut_after_its_header_was_read_is_an_error(gguf_file, tmp_path):
+    file = tmp_path / "x.gguf"
+    file.write_bytes(gguf_file.read_bytes())
+    tensors = read_gguf_tensors(file, read_gguf_header(file))
+    file.write_bytes(gguf_file.read_bytes()[:-600])
+    with pytest.raises(CheckpointError, match=r"cannot read .*x\.gguf"):
+        tensors["Q8_0.weight"].read()
 
 
 def test_a_gguf_cut_anywhere_is_an_error_with_its_name(gguf_file, tmp_path):
@@ -427,8 +532,8 @@ def test_a_write_that_the_system_refuses_is_explained_and_leaves_nothing(tmp_pat
             pytest.raises(WriteError, match=r"cannot write .*folder: the file would be larger"),
             atomic_folder(tmp_path / "folder") as tmp,
         ):
-            write_safetensors(tmp, [("a", torch.zeros(10_000))])
-        large = GGUFTensor("a", (10_000,), "F32", lambda: np.zeros(10_000, np.float32))
+            write_safetensors(tmp, lazy({"a": torch.zeros(10_000)}))
+        large = GGUFTensor("a", "F32", LazyTensor.of(torch.zeros(10_000)))
         with pytest.raises(WriteError, match=r"cannot write .*x\.gguf: the file would be larger"):
             write_gguf(tmp_path / "x.gguf", "toy", {}, [large])
     finally:

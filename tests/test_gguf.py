@@ -16,7 +16,7 @@ from llmforge.convert import export_gguf, export_hf, load
 from llmforge.convert.gpt2 import GPT2
 from llmforge.deploy import verify, verify_gguf
 from llmforge.errors import CheckpointError, ConvertError, DataError
-from llmforge.formats.gguf import read_gguf_header, read_gguf_tensor
+from llmforge.formats.gguf import read_gguf_header, read_gguf_tensors
 from llmforge.models import GPT, GPTConfig
 from llmforge.tokenizers import PRE_TOKENIZERS, BPETokenizer, CharTokenizer
 
@@ -175,7 +175,7 @@ def test_a_client_that_reads_past_the_context_does_not_crash(tmp_path, monkeypat
         expected = model(torch.arange(64)[None] % 40)[0]
     assert (logits[:64] - expected).abs().max() < 0.01
     # Control: the same file as it would be without padding ends llama.cpp; verify turns that into an error with its words.
-    monkeypatch.setattr(GPT2, "for_gguf", lambda self, config, tensors: (config, tensors, []))
+    monkeypatch.setattr(GPT2, "to_gguf", lambda self, config, tensors: (config, tensors, []))
     export_gguf(model, CHARS, tmp_path / "bare.gguf", file_type="F32")
     with pytest.raises(ConvertError, match=r"llama\.cpp could not run .*bare\.gguf \(SIGABRT\)(.|\n)*GGML_ASSERT"):
         answer_of_llama_cpp(tmp_path, tmp_path / "bare.gguf", 256)
@@ -248,13 +248,14 @@ def test_the_file_says_what_clients_need(tmp_path):
     assert {t.type_name for t in header.tensors if len(t.shape) == 2 and t.name != "position_embd.weight"} == {"F16"}
     biases = [t for t in header.tensors if t.name.endswith(".bias")]
     assert len(biases) == 2 * 6 + 1
-    assert not any(read_gguf_tensor(tmp_path / "quijote.gguf", t).any() for t in biases)
+    tensors = read_gguf_tensors(tmp_path / "quijote.gguf", header)
+    assert not any(tensors[t.name].read().any() for t in biases)
     assert export_gguf(model, CHARS, tmp_path / "x.gguf", name="Don Q.").path == tmp_path / "x.gguf"
     assert read_gguf_header(tmp_path / "x.gguf").metadata["general.name"] == "Don Q."
 
 
 def test_file_type_numbers_are_llama_cpps():
-    from llmforge.convert.gguf import FILE_TYPES
+    from llmforge.convert.to_gguf import FILE_TYPES
 
     theirs = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
     assert {name: int(gguf.LlamaFileType[theirs[name]]) for name in theirs} == FILE_TYPES
@@ -314,8 +315,8 @@ def test_what_cannot_be_a_gguf_is_refused_with_the_reason(tmp_path, model, token
 def test_bfloat16_holds_large_values(tmp_path):
     export_gguf(with_weight(1e30), CHARS, tmp_path / "x.gguf", file_type="BF16")
     header = read_gguf_header(tmp_path / "x.gguf")
-    tensor = next(t for t in header.tensors if t.name == "blk.0.ffn_up.weight")
-    assert read_gguf_tensor(tmp_path / "x.gguf", tensor)[0, 0] == pytest.approx(1e30, rel=2**-8)
+    tensor = read_gguf_tensors(tmp_path / "x.gguf", header)["blk.0.ffn_up.weight"]
+    assert tensor.read()[0, 0].item() == pytest.approx(1e30, rel=2**-8)
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(tmp_path):

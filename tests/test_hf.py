@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from llmforge.convert import export_hf, load, load_hf
+from llmforge.convert import export_hf, load
 from llmforge.errors import CheckpointError, ConvertError
 from llmforge.formats.atomic import WriteError
 from llmforge.models import GPT, GPTConfig
@@ -33,6 +33,10 @@ def logits_of(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         out = model(idx)
     return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def model_of(folder) -> GPT:
+    return load(folder)[0]
 
 
 def edit_config(folder, **changes):
@@ -77,7 +81,7 @@ def test_a_folder_of_transformers_is_read_back(tmp_path, tied, shard):
             p.add_(torch.randn_like(p) * 0.1)
     theirs.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
-    model = load_hf(tmp_path)
+    model = model_of(tmp_path)
     assert not model.training
     torch.testing.assert_close(logits_of(model), logits_of(theirs), atol=1e-5, rtol=0)
     assert (model.lm_head.weight is model.transformer.wte.weight) == tied
@@ -95,7 +99,7 @@ def test_the_published_gpt2_layout_is_read(tmp_path):
         tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
         tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(tensors, tmp_path / "model.safetensors")
-    assert torch.equal(logits_of(load_hf(tmp_path)), logits_of(model))
+    assert torch.equal(logits_of(model_of(tmp_path)), logits_of(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -107,7 +111,7 @@ def test_weights_are_written_in_the_type_asked_for(tmp_path, dtype):
     for name, p in back.state_dict().items():
         assert p.dtype == torch.float32
         assert torch.equal(p, model.state_dict()[name].to(dtype).float())
-    assert load_hf(tmp_path, dtype=dtype).lm_head.weight.dtype == dtype
+    assert load(tmp_path, dtype=dtype)[0].lm_head.weight.dtype == dtype
 
 
 def test_shards_are_what_transformers_reads(tmp_path):
@@ -116,7 +120,7 @@ def test_shards_are_what_transformers_reads(tmp_path):
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits_of(theirs), logits_of(model), atol=1e-5, rtol=0)
-    assert torch.equal(logits_of(load_hf(tmp_path)), logits_of(model))
+    assert torch.equal(logits_of(model_of(tmp_path)), logits_of(model))
 
 
 @pytest.mark.parametrize("tokenizer", [CHARS, BPETokenizer.from_texts([TEXT * 3], vocab_size=280)], ids=["char", "bpe"])
@@ -199,7 +203,7 @@ def test_a_model_that_is_not_what_its_config_says_is_refused(tmp_path, change, m
 
 def test_a_module_of_another_kind_is_refused_with_a_way_out(tmp_path):
     with pytest.raises(
-        ConvertError, match=r"Linear is no model that other programs know \(GPT\); .*load its state_dict"
+        ConvertError, match=r"Linear is no model that other programs know \(GPT, Llama\); .*load its state_dict"
     ):
         export_hf(nn.Linear(2, 2), None, tmp_path / "hf")
 
@@ -207,7 +211,7 @@ def test_a_module_of_another_kind_is_refused_with_a_way_out(tmp_path):
 def test_a_compiled_model_is_exported_like_any_other(tmp_path):
     model = toy()
     export_hf(torch.compile(model), CHARS, tmp_path)
-    assert torch.equal(logits_of(load_hf(tmp_path)), logits_of(model))
+    assert torch.equal(logits_of(model_of(tmp_path)), logits_of(model))
 
 
 def test_a_value_too_large_for_float16_is_named(tmp_path):
@@ -255,14 +259,14 @@ def test_a_setting_that_gpt_does_not_have_is_refused(tmp_path, setting, message)
     export_hf(toy(), CHARS, tmp_path)
     edit_config(tmp_path, **setting)
     with pytest.raises(ConvertError, match=message):
-        load_hf(tmp_path)
+        model_of(tmp_path)
 
 
 def test_settings_of_the_same_meaning_are_read(tmp_path):
     model = toy()
     export_hf(model, CHARS, tmp_path)
     edit_config(tmp_path, n_inner=192, activation_function="gelu_pytorch_tanh", add_cross_attention=None)
-    assert torch.equal(logits_of(load_hf(tmp_path)), logits_of(model))
+    assert torch.equal(logits_of(model_of(tmp_path)), logits_of(model))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +280,7 @@ def test_a_setting_without_effect_is_named_in_a_warning(tmp_path, settings, mess
     export_hf(toy(), CHARS, tmp_path)
     edit_config(tmp_path, **settings)
     with pytest.warns(UserWarning, match=message):
-        load_hf(tmp_path)
+        model_of(tmp_path)
 
 
 def test_tensors_that_do_not_fit_are_listed_apart(tmp_path):
@@ -291,7 +295,7 @@ def test_tensors_that_do_not_fit_are_listed_apart(tmp_path):
         r"of another shape: transformer\.wpe\.weight is \(8, 48\), must be \(16, 48\)"
     )
     with pytest.raises(CheckpointError, match=expected):
-        load_hf(tmp_path)
+        model_of(tmp_path)
 
 
 def test_a_tensor_under_two_names_is_refused(tmp_path):
@@ -300,7 +304,7 @@ def test_a_tensor_under_two_names_is_refused(tmp_path):
     tensors["wpe.weight"] = torch.ones(16, 48)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"two tensors for transformer\.wpe\.weight"):
-        load_hf(tmp_path)
+        model_of(tmp_path)
 
 
 def test_integer_weights_are_not_taken_for_floats(tmp_path):
@@ -308,22 +312,25 @@ def test_integer_weights_are_not_taken_for_floats(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["transformer.wpe.weight"] = torch.ones(16, 48, dtype=torch.int8)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"transformer\.wpe\.weight in .* is torch\.int8, not floats"):
-        load_hf(tmp_path)
+    message = rf"{tmp_path} does not fit its config: transformer\.wpe\.weight is torch\.int8, not floats"
+    with pytest.raises(CheckpointError, match=message):
+        model_of(tmp_path)
+    with pytest.raises(CheckpointError, match=message):  # nor on the way from file to file
+        export_hf(tmp_path, None, tmp_path / "out")
 
 
 def test_an_impossible_size_ends_in_an_error_at_once(tmp_path):
     export_hf(toy(), CHARS, tmp_path)
     edit_config(tmp_path, n_layer=10**9)
     with pytest.raises(CheckpointError, match="has 28 tensors, too few for 1000000000 layers"):
-        load_hf(tmp_path)
-    edit_config(tmp_path, n_layer=2, vocab_size=10**30)
+        model_of(tmp_path)
+    edit_config(tmp_path, n_layer=2, vocab_size=2**62)
     with pytest.raises(CheckpointError, match="has sizes that no model can have"):
-        load_hf(tmp_path)
+        model_of(tmp_path)
 
 
 def test_a_pickle_is_refused_with_the_way_out(tmp_path):
     export_hf(toy(), CHARS, tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin only, a pickle .*save_pretrained"):
-        load_hf(tmp_path)
+        model_of(tmp_path)

@@ -23,7 +23,7 @@ ALLOWED = {
     "data": {"tokenizers", "formats"},
     "generation": {"nn", "tokenizers"},
     "training": {"data", "formats", "tokenizers", "generation"},
-    "convert": {"models", "training", "tokenizers", "formats"},
+    "convert": {"models", "nn", "training", "tokenizers", "formats"},
     "deploy": {"convert", "generation", "models", "tokenizers", "formats"},
 }
 
@@ -78,6 +78,8 @@ def test_public_names_are_these():
         "GPT",
         "GPTConfig",
         "LLMForgeError",
+        "Llama",
+        "LlamaConfig",
         "TiktokenTokenizer",
         "TokenDataset",
         "TrainConfig",
@@ -86,6 +88,7 @@ def test_public_names_are_these():
         "export_gguf",
         "export_hf",
         "generate",
+        "generate_batch",
         "generate_text",
         "load",
         "load_tokenizer",

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from llmforge.convert import export_hf, load, load_hf, load_nanogpt
+from llmforge.convert import export_hf, load
 from llmforge.errors import CheckpointError, ConvertError
 from llmforge.models import GPT, GPTConfig
 from llmforge.tokenizers import CharTokenizer
@@ -90,13 +90,15 @@ def test_what_is_no_model_is_refused_with_what_was_found(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("x", encoding="utf-8")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model.onnx").write_bytes(b"ONNX")
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF")
     export_hf(GPT(CONFIG), CHARS, tmp_path / "hf")
     for name, message in [
         ("absent", "absent does not exist; load takes a run folder"),
         ("empty", "empty is empty; load takes"),
         ("other", r"other holds no model, but notes\.txt; load takes a run folder, one of its step-"),
-        ("model.gguf", r"model\.gguf is a \.gguf file; load takes"),
+        ("model.onnx", r"model\.onnx is a \.onnx file; load takes"),
+        ("cut.gguf", r"cut\.gguf is cut off or damaged"),
         ("absent.pt", r"absent\.pt does not exist; load takes"),
     ]:
         with pytest.raises(CheckpointError, match=message):
@@ -104,8 +106,6 @@ def test_what_is_no_model_is_refused_with_what_was_found(tmp_path):
     (tmp_path / "hf" / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"hf holds no model, but README\.md, generation_config\.json"):
         load(tmp_path / "hf")
-    with pytest.raises(CheckpointError, match=r"cannot read .*hf.config\.json: No such file"):
-        load_hf(tmp_path / "hf")
     with pytest.raises(CheckpointError, match=r"checkpoint='best' chooses one of a run, but .*hf is no run folder"):
         load(tmp_path / "hf", checkpoint="best")
 
@@ -216,7 +216,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
 def test_a_checkpoint_that_is_not_nanogpts_is_refused(tmp_path, changes, error, message):
     torch.save(nanogpt_checkpoint(GPT(CONFIG), **changes), tmp_path / "ckpt.pt")
     with pytest.raises(error, match=message):
-        load_nanogpt(tmp_path / "ckpt.pt")
+        load(tmp_path / "ckpt.pt")
 
 
 def test_a_checkpoint_cut_anywhere_or_packed_is_refused(tmp_path):
@@ -240,7 +240,7 @@ def test_a_checkpoint_cut_anywhere_or_packed_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="its parts are compressed or larger than the file"):
         load(path)
     torch.save([1, 2], path)
-    with pytest.raises(CheckpointError, match="is not nanoGPT's: it holds a list"):
+    with pytest.raises(CheckpointError, match="is no checkpoint of nanoGPT or llama2.c: it holds a list"):
         load(path)
     path.write_text(json.dumps({}), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"not a file of torch\.save"):

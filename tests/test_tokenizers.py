@@ -81,6 +81,24 @@ def char_tokenizer():
     return CharTokenizer.from_text(SPANISH + "".join(TRICKY))
 
 
+@pytest.mark.parametrize("kind", ["bpe", "char", "tiktoken"])
+def test_own_vocabularies_have_one_special_token(kind, toy_encoding, char_tokenizer):
+    encoding, trained = toy_encoding
+    tokenizer = {"bpe": trained, "char": char_tokenizer, "tiktoken": TiktokenTokenizer(encoding)}[kind]
+    eos, text = tokenizer.eos_token_id, "la<|endoftext|><|endoftext|> de"
+    assert tokenizer.bos_token_id == eos
+    assert tokenizer.end_token_ids == {eos}
+    assert tokenizer.add_bos is False
+    assert tokenizer.prompt_ids(text) == tokenizer.encode(text)
+    assert eos not in tokenizer.encode(text)
+    assert tokenizer.encode_special(text) == [*tokenizer.encode("la"), eos, eos, *tokenizer.encode(" de")]
+    assert tokenizer.special_tokens["eos_token"] == "<|endoftext|>"
+    assert tokenizer.chat_template is None
+    assert [i for ids in tokenizer.encode_pieces(["una ", "olla", " de"]) for i in ids] == tokenizer.encode(
+        "una olla de"
+    )
+
+
 def load_in_transformers(tokenizer, folder):
     from transformers import AutoTokenizer
 
@@ -283,8 +301,11 @@ def test_load_tokenizer_gives_back_what_was_saved(bpe_tokenizer, char_tokenizer,
 
 def test_folder_without_tokenizer_has_none(tmp_path):
     assert load_tokenizer(tmp_path) is None
+    (tmp_path / "merges.txt").write_text("a b\n")
+    with pytest.raises(DataError, match=r"has a merges\.txt but no tokenizer\.json, .* not supported yet"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
-    with pytest.raises(DataError, match=r"has a tokenizer\.model but no tokenizer\.json, .* not supported yet"):
+    with pytest.raises(DataError, match=r"tokenizer\.model is not a SentencePiece model"):
         load_tokenizer(tmp_path)
 
 
@@ -432,10 +453,34 @@ def test_damaged_neighbours_and_sizes(tmp_path, monkeypatch):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": []}')
     assert load_tokenizer(tmp_path).eos_token_id is None
     monkeypatch.setattr(tokenizers_base, "MAX_JSON_BYTES", 1_000)
-    with pytest.raises(DataError, match=rf"has {path.stat().st_size:,} bytes; .* more than 1,000"):
+    with pytest.raises(DataError, match=rf"has {path.stat().st_size:,} bytes; at most 1,000 are allowed"):
         load_tokenizer(tmp_path)
     with pytest.raises(DataError, match=r"cannot read .*nowhere\.json: No such file"):
         BPETokenizer.from_file(tmp_path / "nowhere.json")
+
+
+def test_chat_template_file_beside_the_config_is_read_and_kept(tmp_path):
+    path = write_tokenizer_json(tmp_path, pre_tokenizer=byte_level(), config={"chat_template": "old"})
+    (tmp_path / "chat_template.jinja").write_text("{{ 'ñ' }}", encoding="utf-8")
+    tokenizer = BPETokenizer.from_file(path)
+    assert tokenizer.chat_template == "{{ 'ñ' }}"
+    tokenizer.save(tmp_path / "new")
+    assert load_tokenizer(tmp_path / "new").chat_template == "{{ 'ñ' }}"
+    BPETokenizer.from_texts([], vocab_size=257).save(tmp_path)  # has none, and the old one does not stay
+    assert load_tokenizer(tmp_path).chat_template is None
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"cannot read .*chat_template\.jinja: .*0xff"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b" " * (2**20 + 1))
+    with pytest.raises(DataError, match=r"chat_template\.jinja has 1,048,577 bytes"):
+        load_tokenizer(tmp_path)
+
+
+def test_template_by_the_name_of_default_is_taken(tmp_path):
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    for template, expected in ((named, "d"), (named[:1], None), ([], None), (["x"], None), (5, None), ("s", "s")):
+        path = write_tokenizer_json(tmp_path, pre_tokenizer=byte_level(), config={"chat_template": template})
+        assert BPETokenizer.from_file(path).chat_template == expected
 
 
 def test_changed_char_vocabulary_is_refused(tmp_path):
@@ -527,7 +572,9 @@ def test_safe_cut_finds_one_where_there_is_one(bpe_tokenizer, char_tokenizer):
     [("<think>", {}, len("a <k b")), ("b c", {}, 0), ("b", {"rstrip": True}, 0), (".", {"single_word": True}, 0), ("<x", {"lstrip": True}, len("a <k b"))],
 )  # fmt: skip
 def test_safe_cut_minds_added_tokens(tmp_path, token, flags, cut):
-    path = write_tokenizer_json(tmp_path, pre_tokenizer=byte_level(), added=[added_token(256, token, **flags)])
+    path = write_tokenizer_json(
+        tmp_path, pre_tokenizer=byte_level(), added=[added_token(BYTES.get(token, 256), token, **flags)]
+    )
     tokenizer, text = BPETokenizer.from_file(path), "a <k b c"
     assert tokenizer.safe_cut(text) == cut
     assert tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:]) == tokenizer.encode(text)

@@ -3,16 +3,18 @@
 import argparse
 from pathlib import Path
 
-from llmforge.cli.model import add_model_arguments, load_model
+from llmforge.cli.model import add_model_arguments, find_tokenizer
 from llmforge.cli.program import program
 from llmforge.errors import ConfigError
 
 HELP = "write a GGUF file or a Hugging Face folder"
-DESCRIPTION = "Write a trained model as a GGUF file (LM Studio, Ollama, llama.cpp), as a Hugging Face folder (transformers), or both."
+DESCRIPTION = """Write a model as a GGUF file (LM Studio, Ollama, llama.cpp), as a Hugging Face folder (transformers), or both.
+It goes from file to file one tensor at a time: memory for the largest tensor is enough."""
 EXAMPLES = """examples:
   llmforge export runs/quijote --gguf quijote.gguf                     16-bit floats
   llmforge export runs/quijote --gguf quijote.gguf --file-type Q8_0    half the size, nearly the same text
   llmforge export runs/quijote --hf out/quijote                        for AutoModelForCausalLM
+  llmforge export base/ --gguf base.gguf --file-type BF16              a downloaded Llama, Mistral or Qwen
 """
 
 
@@ -24,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hf", metavar="FOLDER", help="Hugging Face folder to write")
     parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the Hugging Face weights"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the Hugging Face weights (default: as they are)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a Hugging Face folder that exists")
 
@@ -34,12 +38,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("say what to write: --gguf FILE, --hf FOLDER, or both")
     import torch
 
-    from llmforge.convert import export_gguf, export_hf
+    from llmforge.convert import export_gguf, export_hf, open_model
 
-    model, tokenizer = load_model(args)
+    model, tokenizer = open_model(args.model, checkpoint=args.checkpoint, revision=args.revision)
+    tokenizer = find_tokenizer(args, tokenizer)
     if args.hf is not None:
-        export_hf(model, tokenizer, args.hf, dtype=getattr(torch, args.dtype), overwrite=args.overwrite)
-        print(f"wrote {args.hf} (Hugging Face, {args.dtype})")
+        dtype = getattr(torch, args.dtype) if args.dtype is not None else None
+        report = export_hf(model, tokenizer, args.hf, dtype=dtype, overwrite=args.overwrite)
+        print(f"wrote {args.hf} (Hugging Face, {report.file_type})")
     if args.gguf is not None:
         report = export_gguf(model, tokenizer, args.gguf, file_type=args.file_type)
         for note in report.notes:

@@ -1,8 +1,9 @@
 """llmforge generate: text from a trained model."""
 
 import argparse
+from typing import Any
 
-from llmforge.cli.model import add_model_arguments, load_model
+from llmforge.cli.model import add_device_arguments, add_model_arguments, load_model
 
 HELP = "write text with a trained model"
 DESCRIPTION = "Continue a prompt with a trained model, and print the text as it is generated."
@@ -16,8 +17,20 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--prompt", default="", help="beginning of the text (default: none)")
+    add_sampling_arguments(parser)
     parser.add_argument(
-        "--max-new-tokens", type=int, default=300, metavar="N", help="length of the continuation (default: 300)"
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    add_device_arguments(parser)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int = 300) -> None:
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help="most tokens to write (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",
@@ -39,30 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="above 1 avoids tokens already used (default: 1)",
     )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
-    )
     parser.add_argument("--seed", type=int, help="same seed, same text (default: different every time)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the step from token to token: half a minute first, then faster"
+    )
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `stream_text` that the arguments name."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "compile")
+    return {name: getattr(args, name) for name in names}
 
 
 def run(args: argparse.Namespace) -> int:
     from llmforge.generation import stream_text
 
     model, tokenizer = load_model(args, device=args.device)
-    pieces = stream_text(
-        model,
-        tokenizer,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        stop=args.stop,
-        seed=args.seed,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-    )
+    pieces = stream_text(model, tokenizer, args.prompt, stop=args.stop, **sampling_options(args))
     print(args.prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

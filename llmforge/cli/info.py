@@ -1,12 +1,14 @@
 """llmforge info: what a run, model folder or GGUF file holds."""
 
 import argparse
+import os
 from pathlib import Path
 
-from llmforge.errors import CheckpointError
+from llmforge.cli.model import MODEL_HELP
+from llmforge.errors import CheckpointError, one_line
 
 HELP = "say what a run, model folder or GGUF file holds"
-DESCRIPTION = "Describe a run folder, a checkpoint, a Hugging Face folder, nanoGPT's ckpt.pt or a GGUF file."
+DESCRIPTION = "Describe a run folder, a checkpoint, a Hugging Face folder or owner/name, a ckpt.pt or a GGUF file; reads no weights."
 EXAMPLES = """examples:
   llmforge info runs/quijote
   llmforge info quijote.gguf
@@ -14,13 +16,11 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="run folder, checkpoint, Hugging Face folder, ckpt.pt or .gguf")
+    parser.add_argument("path", help=MODEL_HELP)
 
 
 def run(args: argparse.Namespace) -> int:
     path = Path(args.path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; name a run folder, a model folder or a .gguf file")
     if path.suffix == ".gguf":
         _print_gguf(path)
     else:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 def _print_run(path: Path) -> None:
     from llmforge.training import list_checkpoints, validation_loss, verify_manifest
 
-    folders = list_checkpoints(path) if path.is_dir() else []
+    folders = list_checkpoints(path) if os.path.isdir(path) else []  # False for a name that is too long, too
     losses = {folder: validation_loss(folder) for folder in folders}
     best = min((loss for loss in losses.values() if loss is not None), default=None)
     for folder, loss in losses.items():
@@ -45,11 +45,11 @@ def _print_run(path: Path) -> None:
 
 
 def _print_model(path: Path) -> None:
-    from llmforge.convert import load
+    from llmforge.convert import open_model
 
-    model, tokenizer = load(path)
-    print(f"{type(model).__name__:14} {sum(p.numel() for p in model.parameters()):,} weights")
-    for name, value in model.config.to_dict().items():
+    published, tokenizer = open_model(path)
+    print(f"{published.family.model_class.__name__:14} {published.num_params:,} weights")
+    for name, value in published.config.to_dict().items():
         print(f"  {name:22} {value}")
     if tokenizer is None:
         print("tokenizer      none")
@@ -63,7 +63,7 @@ def _print_gguf(path: Path) -> None:
     header = read_gguf_header(path)
     for key, value in header.metadata.items():
         shown = f"{len(value):,} items" if isinstance(value, list) else repr(value) if isinstance(value, str) else value
-        print(f"{key:42} {shown if len(str(shown)) <= 100 else str(shown)[:97] + '...'}")
+        print(f"{one_line(key):42} {shown if len(str(shown)) <= 100 else str(shown)[:97] + '...'}")
     types: dict[str, int] = {}
     for tensor in header.tensors:
         types[tensor.type_name] = types.get(tensor.type_name, 0) + 1

@@ -6,11 +6,19 @@ import warnings
 from collections.abc import Sequence
 
 import llmforge
-from llmforge.cli import demo, export, generate, info, train, verify
+from llmforge.cli import chat, demo, export, generate, info, train, verify
 from llmforge.errors import LLMForgeError
 
 # None of these modules imports torch before its `run` is called: `llmforge --help` answers at once.
-_COMMANDS = {"demo": demo, "train": train, "generate": generate, "export": export, "verify": verify, "info": info}
+_COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "generate": generate,
+    "chat": chat,
+    "export": export,
+    "verify": verify,
+    "info": info,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

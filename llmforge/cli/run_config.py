@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from llmforge.config import Config, did_you_mean
 from llmforge.data import TokenDataset
 from llmforge.errors import ConfigError
-from llmforge.models import GPT, GPTConfig
+from llmforge.models import FAMILIES, GPTConfig, LanguageModel, ModelConfig
 from llmforge.tokenizers import PRE_TOKENIZERS, BPETokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer
 from llmforge.training import TrainConfig
 
@@ -49,17 +49,38 @@ class RunConfig(Config):
     text: quijote.txt
     val_fraction: 0.1
     tokenizer: {kind: bpe, vocab_size: 8000}
+    family: gpt
     model: {n_layer: 6, n_head: 6, n_embd: 384, block_size: 256}
     train: {max_steps: 5000, lr: 0.001, out_dir: runs/quijote}
     """
 
-    TOKENIZERS: ClassVar[Mapping[str, str]] = {"char-gpt": "char", "char-gpt-cpu": "char"}  # else gpt2
+    # What a preset's model is trained with if nothing else is asked for; else gpt2.
+    TOKENIZERS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "char-gpt": {"kind": "char"},
+        "char-gpt-cpu": {"kind": "char"},
+        **{
+            name: {"kind": "bpe", "vocab_size": values["vocab_size"]}
+            for name, values in FAMILIES["llama"][0].PRESETS.items()
+        },
+    }
 
     text: str  # a text file, or a folder of .txt files
     val_fraction: float = 0.1  # the last part of the text is kept for validation
     tokenizer: TokenizerConfig
-    model: GPTConfig
+    family: str = GPTConfig.FAMILY  # of the model: "gpt" or "llama"
+    model: ModelConfig
     train: TrainConfig
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Self":
+        """As for every Config; `family` says which fields `model` has."""
+        values = dict(values)
+        family = values.get("family", GPTConfig.FAMILY)
+        if family not in FAMILIES:
+            raise ConfigError(f"unknown family {family!r}; {did_you_mean(family, list(FAMILIES))}")
+        if isinstance(values.get("model"), Mapping):
+            values["model"] = FAMILIES[family][0].from_dict(values["model"])
+        return super().from_dict(values)
 
     @classmethod
     def resolve(cls, preset: str, layers: Sequence[Mapping[str, Any]]) -> "Self":
@@ -68,14 +89,18 @@ class RunConfig(Config):
         Raises:
             ConfigError: an unknown preset or field, or a value that cannot be.
         """
-        if preset not in GPTConfig.PRESETS:
-            raise ConfigError(f"unknown preset {preset!r}; {did_you_mean(preset, list(GPTConfig.PRESETS))}")
+        family = next((name for name, (config, _) in FAMILIES.items() if preset in config.PRESETS), None)
+        if family is None:
+            raise ConfigError(f"unknown preset {preset!r}; {did_you_mean(preset, presets())}")
         # The vocabulary is the tokenizer's, known only when it is built; 1 stands for "not yet".
         values: dict[str, Any] = {
-            "tokenizer": {"kind": cls.TOKENIZERS.get(preset, "gpt2")},
-            "model": {"vocab_size": 1, **GPTConfig.PRESETS[preset]},
+            "tokenizer": cls.TOKENIZERS.get(preset, {"kind": "gpt2"}),
+            "family": family,
+            "model": {"vocab_size": 1, **FAMILIES[family][0].PRESETS[preset]},
             "train": dict(TrainConfig.PRESETS[preset]),
         }
+        if any(layer.get("family", family) != family for layer in layers):
+            values["model"] = {"vocab_size": 1}  # the preset's fields are another family's
         for layer in layers:
             for key, value in layer.items():
                 if key in ("tokenizer", "model", "train"):
@@ -95,12 +120,17 @@ class RunConfig(Config):
         dataset = TokenDataset.from_text_file(self.text, tokenizer)
         return dataset.split(val_fraction=self.val_fraction) if self.val_fraction else (dataset, None)
 
-    def new_model(self) -> GPT:
+    def new_model(self) -> LanguageModel:
         """A freshly initialised model, the same one for the same seed."""
         import torch
 
         torch.manual_seed(self.train.seed)
-        return GPT(self.model)
+        return FAMILIES[self.family][1](self.model)
+
+
+def presets() -> list[str]:
+    """Names of all presets of all families."""
+    return [name for config, _ in FAMILIES.values() for name in config.PRESETS]
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -109,8 +139,15 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: no `=`, or an unknown field.
     """
-    sections: dict[str, type[Config]] = {"train": TrainConfig, "model": GPTConfig, "tokenizer": TokenizerConfig}
-    fields = {name: [f.name for f in dataclasses.fields(section)] for name, section in sections.items()}
+    sections: dict[str, list[type[Config]]] = {
+        "train": [TrainConfig],
+        "model": [config for config, _ in FAMILIES.values()],  # `from_dict` says if it is a field of the other family
+        "tokenizer": [TokenizerConfig],
+    }
+    fields = {
+        name: list(dict.fromkeys(f.name for config in configs for f in dataclasses.fields(config)))
+        for name, configs in sections.items()
+    }
     fields["model"].remove("vocab_size")  # follows from the tokenizer
     layer: dict[str, Any] = {}
     for setting in settings:
@@ -121,10 +158,10 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         section, dot, name = key.partition(".")
         if not dot:
             name = key
-            if name in ("text", "val_fraction"):
+            if name in ("text", "val_fraction", "family"):
                 layer[name] = value
                 continue
-            known = [field for names in fields.values() for field in names] + ["text", "val_fraction"]
+            known = [field for names in fields.values() for field in names] + ["text", "val_fraction", "family"]
             section = next((section for section, names in fields.items() if name in names), "")
             if not section:
                 raise ConfigError(f"unknown setting {name!r}; {did_you_mean(name, known)}")

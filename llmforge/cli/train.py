@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   llmforge train quijote.txt                                   a model of characters, sized for this machine
   llmforge train quijote.txt --preset char-gpt --out runs/q    10 million weights: minutes on a GPU, hours on a CPU
   llmforge train quijote.txt --tokenizer bpe --vocab-size 8000 pieces of words instead of characters
+  llmforge train quijote.txt --preset llama-15m                a small Llama with a vocabulary of its own
   llmforge train quijote.txt --set max_steps=500 --set lr=3e-4 change single settings
   llmforge train --config run.yaml                             all settings from a file
   llmforge train --resume runs/q                               go on after Ctrl-C, a crash or a power cut
@@ -27,8 +28,11 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", help="text file, or folder of .txt files")
-    parser.add_argument("--preset", help="char-gpt, char-gpt-cpu, gpt2, gpt2-medium, gpt2-large or gpt2-xl (default: a char "
-                        "model for the GPU or CPU at hand)")  # fmt: skip
+    parser.add_argument(
+        "--preset",
+        help="char-gpt, char-gpt-cpu, gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-15m, llama-42m, llama-110m, llama-350m, "
+        "llama-3.2-1b or llama-3-8b (default: a char model for the GPU or CPU at hand)",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="run folder (default: runs/NAME-OF-TEXT)")
     parser.add_argument(
         "--tokenizer", choices=("char", "bpe", "gpt2"), help="characters, own byte-pair encoding, GPT-2's"
@@ -133,7 +137,7 @@ def build_trainer(config: "RunConfig", tokenizer: "Tokenizer") -> "Trainer":
     print(
         f"text     {config.text}: {len(train_data):,} tokens{val_tokens} ({kind}, vocabulary of {tokenizer.vocab_size:,})"
     )
-    shape = f"{config.model.n_layer} layers, {config.model.n_embd} wide, context {config.model.block_size}"
+    shape = f"{type(model).__name__}, {model.lm_head.in_features} wide, context {model.context_length}"
     print(
         f"model    {model.num_params() / 1e6:.2f} million weights: {shape}; {trainer.device}, {trainer.dtype}".replace(
             "torch.", ""

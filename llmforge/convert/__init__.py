@@ -1,9 +1,8 @@
 """Our models to other people's files, and back."""
 
-from llmforge.convert.gguf import export_gguf
-from llmforge.convert.hf import export_hf, load_hf
-from llmforge.convert.load import load
-from llmforge.convert.nanogpt import load_nanogpt
+from llmforge.convert.load import load, open_model
 from llmforge.convert.published import ExportReport
+from llmforge.convert.to_gguf import export_gguf
+from llmforge.convert.to_hf import export_hf
 
-__all__ = ["ExportReport", "export_gguf", "export_hf", "load", "load_hf", "load_nanogpt"]
+__all__ = ["ExportReport", "export_gguf", "export_hf", "load", "open_model"]

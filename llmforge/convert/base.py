@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from llmforge.errors import ConvertError
+from llmforge.formats.lazy import LazyTensor
 from llmforge.models import LanguageModel, ModelConfig
 
-Tensors = dict[str, Tensor]  # by our names, each shared tensor once
+Tensors = dict[str, LazyTensor]  # by our names, each shared tensor once
 
 
 class Family(ABC):
-    """Names, settings and layout of one family in other people's files."""
+    """Names, settings and layout of one family in other people's files. Several families may share one of our models."""
 
     model_class: ClassVar[type[LanguageModel]]
     config_class: ClassVar[type[ModelConfig]]
@@ -24,9 +25,19 @@ class Family(ABC):
     hf_fields: ClassVar[Mapping[str, tuple[str, Any]]]  # Hugging Face's key -> our field, and what an absent key means
     hf_fixed: ClassVar[Mapping[str, Any]]  # keys that can have one value only
     hf_ignored: ClassVar[str]  # keys that do not change what is computed, separated by blanks
+    implied: ClassVar[
+        Mapping[str, Any]
+    ] = {}  # values of our fields that all files of the family have without saying so
 
     gguf_arch: ClassVar[str]
     gguf_float32: ClassVar[frozenset[str]]  # GGUF names of matrices that are not encoded otherwise
+    gguf_fields: ClassVar[
+        Mapping[str, tuple[str, Any]]
+    ]  # GGUF's key below `<arch>.` -> our field, and what absence means
+
+    def expresses(self, config: Any) -> bool:
+        """Whether the family has all that this config of `config_class` says."""
+        return True
 
     def complete(self, config: Any, tensors: Tensors) -> tuple[Any, Tensors]:
         """Config and tensors of the same model with everything that the family's files must have."""
@@ -52,14 +63,30 @@ class Family(ABC):
         """The values of a config.json in the form that the tables expect."""
         return values
 
-    def for_gguf(self, config: Any, tensors: Tensors) -> tuple[Any, Tensors, list[str]]:
-        """Config and tensors as llama.cpp needs them, and what the user should know about it."""
+    def to_gguf(self, config: Any, tensors: Tensors) -> tuple[Any, Tensors, list[str]]:
+        """Config and tensors as llama.cpp needs them, still under our names, and what the user should know about it."""
         return config, tensors, []
+
+    @abstractmethod
+    def from_gguf(
+        self, values: dict[str, Any], metadata: dict[str, Any], tensors: Tensors
+    ) -> tuple[dict[str, Any], Tensors]:
+        """The reverse.
+
+        Args:
+            values: of our fields, as the table reads them.
+            metadata: the other keys below `<arch>.`; those that are read here are taken out.
+            tensors: in llama.cpp's layout, under our names.
+        """
 
     @abstractmethod
     def gguf_name(self, name: str) -> str:
         """Our name -> GGUF's."""
 
     @abstractmethod
+    def own_gguf_name(self, gguf_name: str) -> str:
+        """GGUF's name -> ours. Raises KeyError for a name that is not the family's."""
+
     def gguf_metadata(self, config: Any) -> dict[str, Any]:
-        """Keys below `<arch>.`"""
+        """Keys below `<arch>.` beside those of the table."""
+        return {}

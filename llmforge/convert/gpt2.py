@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from llmforge.convert.base import Family, Tensors
-from llmforge.errors import ConvertError
+from llmforge.errors import ConvertError, shown
+from llmforge.formats.lazy import LazyTensor
 from llmforge.models import GPT, GPTConfig
 
 _CONV1D = re.compile(r".*\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
@@ -35,6 +36,7 @@ _GGUF_NAMES = {
     "transformer.ln_f": "output_norm",
     "lm_head": "output",
 }
+_OWN_NAMES = {theirs: ours for ours, theirs in _GGUF_NAMES.items()}
 
 
 class GPT2(Family):
@@ -70,12 +72,23 @@ class GPT2(Family):
         summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
     """
     gguf_arch = "gpt2"
+    gguf_fields: ClassVar = {
+        "context_length": ("block_size", None),
+        "embedding_length": ("n_embd", None),
+        "block_count": ("n_layer", None),
+        "attention.head_count": ("n_head", None),
+        "vocab_size": ("vocab_size", None),
+    }
     gguf_float32 = frozenset({"position_embd.weight"})  # llama-quantize leaves it alone, too
 
     def complete(self, config: GPTConfig, tensors: Tensors) -> tuple[GPTConfig, Tensors]:
         with torch.device("meta"):
             with_bias = GPT(config.replace(bias=True))
-        zeros = {name: torch.zeros(p.shape) for name, p in with_bias.named_parameters() if name.endswith(".bias")}
+        zeros = {
+            name: LazyTensor.of(torch.zeros(p.shape))
+            for name, p in with_bias.named_parameters()
+            if name.endswith(".bias")
+        }
         return with_bias.config, {**zeros, **tensors}
 
     def append_eos_row(self, config: GPTConfig, tensors: Tensors) -> tuple[GPTConfig, Tensors]:
@@ -89,17 +102,15 @@ class GPT2(Family):
                 f"vocab_size ({V}) < n_embd ({C}); train it again with a tokenizer that reserves <|endoftext|>"
             )
         head = "transformer.wte.weight" if config.tie_word_embeddings else "lm_head.weight"
-        u = torch.linalg.svd(tensors[head].double().cpu(), full_matrices=True).Vh[-1]  # (C,)
+        u = torch.linalg.svd(tensors[head].read().double().cpu(), full_matrices=True).Vh[-1]  # (C,)
         tensors = dict(tensors)
         for name in {"transformer.wte.weight", head}:
-            W = tensors[name]
-            tensors[name] = torch.cat([W, (-3 * u).to(W)[None]])
-        bias = tensors["transformer.ln_f.bias"]
-        tensors["transformer.ln_f.bias"] = bias + (20 * u).to(bias)
+            tensors[name] = tensors[name].then(lambda W: torch.cat([W, (-3 * u).to(W)[None]]))
+        tensors["transformer.ln_f.bias"] = tensors["transformer.ln_f.bias"].then(lambda b: b + (20 * u).to(b))
         return config.replace(vocab_size=V + 1), tensors
 
     def hf_layout(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor.t() if _CONV1D.fullmatch(name) else tensor
+        return tensor.t() if tensor.ndim == 2 and _CONV1D.fullmatch(name) else tensor
 
     def own_name(self, hf_name: str) -> str | None:
         if _MASK_BUFFER.fullmatch(hf_name):
@@ -113,22 +124,26 @@ class GPT2(Family):
         values = dict(values)
         n_inner, n_embd = values.pop("n_inner", None), values.get("n_embd", 768)
         if n_inner is not None and isinstance(n_embd, int) and n_inner != 4 * n_embd:
-            raise ConvertError(f"n_inner ({n_inner}) must be 4 * n_embd ({4 * n_embd}); GPT has no other width")
+            raise ConvertError(
+                f"n_inner ({shown(n_inner)}) must be 4 * n_embd ({shown(4 * n_embd)}); GPT has no other width"
+            )
         if values.get("activation_function") == "gelu_pytorch_tanh":  # another name of the same function
             values["activation_function"] = "gelu_new"
         rates = {key: values.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
         if any(rate != rates["resid_pdrop"] for rate in rates.values()):
-            warnings.warn(f"GPT has one dropout; of {rates} it takes resid_pdrop for all (training only)", stacklevel=4)
+            warnings.warn(
+                f"GPT has one dropout; of {shown(rates)} it takes resid_pdrop for all (training only)", stacklevel=4
+            )
         return values
 
-    def for_gguf(self, config: GPTConfig, tensors: Tensors) -> tuple[GPTConfig, Tensors, list[str]]:
+    def to_gguf(self, config: GPTConfig, tensors: Tensors) -> tuple[GPTConfig, Tensors, list[str]]:
         notes = []
         if config.activation_function == "gelu":
             notes.append("llama.cpp computes GELU in its tanh form; the difference to erf does not show in its output")
         rows = -(-config.block_size // 256) * 256
         if rows > config.block_size:
-            wpe = tensors["transformer.wpe.weight"]
-            wpe = torch.cat([wpe, wpe[-1:].expand(rows - config.block_size, -1)])
+            more = rows - config.block_size
+            wpe = tensors["transformer.wpe.weight"].then(lambda w: torch.cat([w, w[-1:].expand(more, -1)]))
             tensors = {**tensors, "transformer.wpe.weight": wpe}
             notes.append(
                 f"context padded from {config.block_size} to {rows} by repeating the last position, since llama.cpp rounds "
@@ -143,13 +158,25 @@ class GPT2(Family):
             return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
         return f"{_GGUF_NAMES[module]}.{kind}"
 
+    def own_gguf_name(self, gguf_name: str) -> str:
+        module, _, kind = gguf_name.rpartition(".")
+        if module.startswith("blk."):
+            layer, part = module.removeprefix("blk.").split(".", 1)
+            return f"transformer.h.{layer}.{_OWN_NAMES[part]}.{kind}"
+        return f"{_OWN_NAMES[module]}.{kind}"
+
     def gguf_metadata(self, config: GPTConfig) -> dict[str, Any]:
-        return {
-            "context_length": config.block_size,
-            "embedding_length": config.n_embd,
-            "block_count": config.n_layer,
-            "feed_forward_length": 4 * config.n_embd,
-            "attention.head_count": config.n_head,
-            "attention.layer_norm_epsilon": 1e-5,
-            "vocab_size": config.vocab_size,
-        }
+        return {"feed_forward_length": 4 * config.n_embd, "attention.layer_norm_epsilon": 1e-5}
+
+    def from_gguf(
+        self, values: dict[str, Any], metadata: dict[str, Any], tensors: Tensors
+    ) -> tuple[dict[str, Any], Tensors]:
+        width, n_embd = metadata.pop("feed_forward_length", None), values["n_embd"]
+        epsilon = metadata.pop("attention.layer_norm_epsilon", None)
+        if not isinstance(n_embd, int) or width != 4 * n_embd:
+            raise ConvertError(
+                f"feed_forward_length ({shown(width)}) must be 4 * embedding_length; GPT has no other width"
+            )
+        if not (isinstance(epsilon, float) and abs(epsilon - 1e-5) <= 1e-11):
+            raise ConvertError(f"attention.layer_norm_epsilon ({shown(epsilon)}) must be 1e-5; GPT has no other")
+        return {**values, "tie_word_embeddings": "lm_head.weight" not in tensors}, tensors

@@ -1,22 +1,26 @@
-"""From our model to what its family publishes, and back: every tensor accounted for, by name and shape."""
+"""A model as files hold it: its family, its config, and every tensor accounted for by name and shape, read when its turn comes."""
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llmforge.config import read_json_object
 from llmforge.convert.base import Family, Tensors
 from llmforge.convert.gpt2 import GPT2
+from llmforge.convert.llama import HFLlama, HFMistral, HFQwen2, HFQwen3
 from llmforge.errors import CheckpointError, ConfigError, ConvertError
+from llmforge.formats.lazy import LazyTensor
 from llmforge.models import LanguageModel
 from llmforge.tokenizers import Tokenizer
 
-FAMILIES: list[Family] = [GPT2()]
+FAMILIES: list[Family] = [GPT2(), HFLlama(), HFMistral(), HFQwen2(), HFQwen3()]
 
 
 @dataclass(frozen=True)
@@ -32,76 +36,122 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class Published:
-    """A model as its family's files hold it."""
+    """A model in memory or on disk; its tensors are exactly those of its config."""
 
     family: Family
     config: Any
     tensors: Tensors
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_params(self) -> int:
+        return sum(tensor.numel for tensor in self.tensors.values())
 
 
-def publish(model: nn.Module, tokenizer: Tokenizer | None) -> Published:
-    """Account for every tensor of a model and fit its vocabulary to the tokenizer's; the model stays as it is.
+def family_of(config: Any) -> Family:
+    """The family whose files can say all that this config says.
 
     Raises:
-        ConvertError: an unknown kind of model, a tensor too many or too few, NaN, or a tokenizer of another vocabulary.
+        ConvertError: there is none.
+    """
+    families = [family for family in FAMILIES if type(config) is family.config_class]
+    for family in families:
+        if family.expresses(config):
+            return family
+    known = ", ".join(family.hf_model_type for family in families)
+    raise ConvertError(f"no model type that other programs know ({known}) has all of these settings together: {config}")
+
+
+def account(family: Family, config: Any, tensors: Tensors, misfit: Exception) -> Published:
+    """A model of exactly these tensors.
+
+    Args:
+        misfit: of the kind to raise, with the beginning of the message.
+    Raises:
+        CheckpointError or ConvertError: as `misfit`; a tensor is missing, left over, or of another shape, all named; or not of
+            floats.
+    """
+    n_layers, largest = getattr(config, family.layers_field), max((t.numel for t in tensors.values()), default=0)
+    if n_layers > len(tensors):
+        raise type(misfit)(f"{misfit}: it has {len(tensors)} tensors, too few for {n_layers} layers")
+    if (width := getattr(config, "head_width", 0)) > largest:  # before memory for that many frequencies is taken
+        raise type(misfit)(f"{misfit}: head_dim ({width}) is more than its largest tensor has")
+    # All layers are alike, and one is built: a small file can announce many.
+    blueprint = _blueprint(family, config.replace(**{family.layers_field: 1}), misfit)
+    tensors = dict(tensors)
+    for first, *others in _shared_names(blueprint):
+        for name in others:
+            if name in tensors and first not in tensors:  # saved under the other name
+                tensors[first] = tensors.pop(name)
+            elif name in tensors and not _same(tensors.pop(name).read(), tensors[first].read()):
+                raise type(misfit)(
+                    f"{misfit}: {name} differs from {first}, but the config ties them (tie_word_embeddings)"
+                )
+    expected = _of_all_layers(blueprint, n_layers)
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    differences = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} is {found[name]}, must be {shape}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    if any(differences.values()):
+        parts = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
+        raise type(misfit)(f"{misfit}; {'; '.join(parts)}")
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            raise type(misfit)(f"{misfit}: {name} is {tensor.dtype}, not floats; quantized models cannot be read")
+    return Published(family, config, {name: tensors[name] for name in expected})
+
+
+def publish(model: nn.Module) -> Published:
+    """Account for every tensor of a model, which stays as it is.
+
+    Raises:
+        ConvertError: an unknown kind of model, or a tensor too many or too few.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) is a wrapper
-    family = next((family for family in FAMILIES if type(model) is family.model_class), None)
-    if family is None:
-        known = ", ".join(family.model_class.__name__ for family in FAMILIES)
+    if all(type(model) is not family.model_class for family in FAMILIES):
+        known = ", ".join(sorted({family.model_class.__name__ for family in FAMILIES}))
         raise ConvertError(
             f"{type(model).__name__} is no model that other programs know ({known}); if it computes the same as one of them, "
             "load its state_dict() into that one and export it"
         )
-    config: Any = model.config
-    with torch.device("meta"):
-        blueprint = family.model_class(config)
-    state = dict(model.state_dict())
-    _compare(
-        {name: tuple(tensor.shape) for name, tensor in blueprint.state_dict().items()},
-        {name: tuple(tensor.shape) for name, tensor in state.items()},
-        ConvertError(f"the model is not a plain {family.model_class.__name__} of its config"),
-    )
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            raise ConvertError(f"{name} holds NaN or infinity: the training diverged; export an earlier checkpoint")
-    _drop_shared_(state, blueprint, ConvertError("the model does not fit its config"))
-    config, tensors = family.complete(config, state)
-    notes: list[str] = []
+    family = family_of(model.config)
+    tensors = {name: LazyTensor.of(tensor) for name, tensor in model.state_dict().items()}
+    misfit = ConvertError(f"the model is not a plain {family.model_class.__name__} of its config")
+    return account(family, model.config, tensors, misfit)
+
+
+def prepare(published: Published, tokenizer: Tokenizer | None) -> Published:
+    """The model with all that its family's files must have, its vocabulary fitted to the tokenizer's, its values checked when read.
+
+    Raises:
+        ConvertError: a tokenizer of another vocabulary; when a tensor is read: NaN or infinity.
+    """
+    family, notes = published.family, list(published.notes)
+    tensors = {name: tensor.then(_finite(name)) for name, tensor in published.tensors.items()}
+    config, tensors = family.complete(published.config, tensors)
     if tokenizer is not None:
         config, tensors = _fit_vocabulary(family, config, tensors, tokenizer, notes)
     return Published(family, config, tensors, notes)
 
 
 def assemble(
-    family: Family, config: Any, tensors: Mapping[str, Tensor], source: Path, dtype: torch.dtype
+    published: Published, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> LanguageModel:
-    """Build the model of `config` from exactly these tensors, copied and converted to `dtype`.
-
-    Raises:
-        CheckpointError: a tensor is missing, left over, or of another shape; all are named.
-    """
-    n_layers = getattr(config, family.layers_field)
-    if n_layers > len(tensors):  # before a model of a million layers is built
-        raise CheckpointError(f"{source} has {len(tensors)} tensors, too few for {n_layers} layers")
-    try:
-        with torch.device("meta"):
-            model = family.model_class(config)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{source} has sizes that no model can have: {config}") from error
-    tensors = dict(tensors)
-    misfit = CheckpointError(f"{source} does not fit its config")
-    _drop_shared_(tensors, model, misfit)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    _compare(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, misfit)
+    """Build the model, one tensor at a time: host memory beside a model on another device is that of the largest tensor."""
+    misfit = CheckpointError("the model cannot be built")
+    model = _blueprint(published.family, published.config, misfit)
     for names in _shared_names(model):
-        tensor = tensors[names[0]]
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{names[0]} in {source} is {tensor.dtype}, not floats; quantized models cannot be read"
-            )
-        parameter = nn.Parameter(tensor.to(dtype, copy=True).contiguous())
+        tensor = published.tensors[names[0]]
+        # To the device in the type of the file, and only there to the type asked for. What lies on the CPU may be a mapped file.
+        values = tensor.read().to(device)
+        values = values.to(dtype, copy=values.device.type == "cpu", memory_format=torch.contiguous_format)
+        parameter = nn.Parameter(values)
         for name in names:
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, parameter)
@@ -120,6 +170,57 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(str(error)) from error
 
 
+def _blueprint(family: Family, config: Any, misfit: Exception) -> LanguageModel:
+    """The model without values."""
+    try:
+        with torch.device("meta"), _WithoutValues():
+            return family.model_class(config)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise type(misfit)(f"{misfit}: it has sizes that no model can have ({str(error)[:100]}): {config}") from error
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Skips the initialisation of values that a tensor on "meta" does not have: it would load torch's compiler, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def _of_all_layers(blueprint: LanguageModel, n_layers: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model that has `n_layers` times the layer of the blueprint, in the order of its parameters."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in blueprint.named_parameters()}
+    layer = {name: shape for name, shape in shapes.items() if ".0." in name}
+    expected = {}
+    for name, shape in shapes.items():
+        if name not in layer:
+            expected[name] = shape
+        elif name == next(iter(layer)):
+            for i in range(n_layers):
+                expected |= {name.replace(".0.", f".{i}."): shape for name, shape in layer.items()}
+    return expected
+
+
+def _finite(name: str) -> Callable[[Tensor], Tensor]:
+    def check(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "meta" and tensor.numel():
+            low, high = tensor.aminmax()  # NaN if one value is; many times faster than isfinite
+            if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+                raise ConvertError(f"{name} holds NaN or infinity: the training diverged; export an earlier checkpoint")
+        return tensor
+
+    return check
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Equal to the bit: NaN is no difference here, and has an error of its own."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+
+
 def _shared_names(model: nn.Module) -> list[list[str]]:
     """The names of each parameter; more than one where it is shared."""
     names: dict[nn.Parameter, list[str]] = {}
@@ -128,33 +229,8 @@ def _shared_names(model: nn.Module) -> list[list[str]]:
     return list(names.values())
 
 
-def _drop_shared_(tensors: Tensors, model: nn.Module, misfit: Exception) -> None:
-    """Leave each shared tensor under its first name; what the model shares must be equal."""
-    for first, *others in _shared_names(model):
-        for name in others:
-            if name in tensors and first in tensors and not torch.equal(tensors.pop(name), tensors[first]):
-                raise type(misfit)(
-                    f"{misfit}: {name} differs from {first}, but the config ties them (tie_word_embeddings)"
-                )
-
-
-def _compare(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], misfit: Exception) -> None:
-    differences = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "of another shape": [
-            f"{name} is {found[name]}, must be {shape}"
-            for name, shape in expected.items()
-            if found.get(name, shape) != shape
-        ],
-    }
-    if any(differences.values()):
-        parts = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
-        raise type(misfit)(f"{misfit}; {'; '.join(parts)}")
-
-
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _fit_vocabulary(

@@ -1,5 +1,6 @@
 """The ids of texts in a file: made once, in constant memory, and found again by the content of text and tokenizer."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import numpy as np
 from llmforge.errors import DataError
 from llmforge.formats.atomic import WriteError, atomic_file
 from llmforge.tokenizers import Tokenizer
-from llmforge.tokenizers.text_files import cut_safely, read_text
+from llmforge.tokenizers.text_files import read_text
 
 _VERSION = "llmforge token file 1"  # part of the key: another one when the ids of the same text change
 
@@ -51,10 +52,10 @@ def write_token_file(
     try:
         with atomic_file(path) as tmp, open(tmp, "wb") as file:
             for text in texts:
-                for ids, piece_bytes in _encoded(text, tokenizer):
+                for ids in _encoded(text, tokenizer):
                     file.write(ids.astype(dtype).tobytes())
                     num_tokens += len(ids)
-                    text_bytes += piece_bytes
+                text_bytes += _text_bytes(text)
                 if end_of_text is not None:
                     file.write(np.array([end_of_text], dtype=dtype).tobytes())
                     num_tokens += 1
@@ -65,15 +66,21 @@ def write_token_file(
     return TokenFile(path=path, dtype=dtype, num_tokens=num_tokens, text_bytes=text_bytes)
 
 
-def _encoded(text: Path, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
-    """Ids of the pieces of a text, each with the length of the piece in bytes."""
-    start = 0  # of the piece, in characters
-    for piece in cut_safely(read_text(text), tokenizer.safe_cut):
-        try:
-            yield tokenizer.encode_array(piece), len(piece.encode())
-        except DataError as error:
-            raise DataError(f"{text}, from character {start:,} on: {error}") from error
-        start += len(piece)
+def _encoded(text: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Ids of a text, part by part."""
+    try:
+        yield from tokenizer.encode_pieces(read_text(text))
+    except DataError as error:
+        if str(text) in str(error):  # from read_text: not UTF-8, for example
+            raise
+        raise DataError(f"{text}, {error}") from error
+
+
+def _text_bytes(text: Path) -> int:
+    """Length of a text in bytes, without the byte order mark that `read_text` drops."""
+    with open(text, "rb") as file:
+        mark = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    return text.stat().st_size - (len(codecs.BOM_UTF8) if mark else 0)
 
 
 def _key(texts: Sequence[Path], tokenizer: Tokenizer, end_of_text: int | None) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmforge.convert.gguf import FILE_TYPES
+from llmforge.convert.to_gguf import FILE_TYPES
 from llmforge.errors import ConvertError, DataError
 from llmforge.formats.gguf import read_gguf_header
 from llmforge.generation import generate
@@ -36,7 +36,7 @@ class VerifyReport:
     file_type: str
     n_text_tokens: int
     ids_equal: bool  # llama.cpp's ids of the text are the tokenizer's
-    pieces_equal: bool  # its bytes of those ids, one by one, are the text's: what programs show
+    pieces_equal: bool  # its bytes of those ids, one by one, are the tokenizer's: what programs show
     detokenize_equal: bool  # and all at once; some pre-tokenizers tidy the spaces before punctuation there
     n_logit_tokens: int  # positions compared below
     kl_mean: float  # nats, KL(model || file)
@@ -121,6 +121,8 @@ def verify_gguf(
         raise ConvertError(
             f"the file has a context of {_context_of(header.metadata)} tokens, the model of {context}; was it made from this model?"
         )
+    # No more of a long context than is compared: llama.cpp would reserve gigabytes for it.
+    context = min(context, max(max_tokens, 2 * greedy_tokens))
     if next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model).float()
     if text is None:
@@ -162,7 +164,7 @@ def verify_gguf(
             file_type=next((key for key, number in FILE_TYPES.items() if number == file_type), str(file_type)),
             n_text_tokens=len(ids),
             ids_equal=np.array_equal(np.fromfile(folder / "tokens.i32", dtype=np.int32), ids),
-            pieces_equal=(folder / "pieces.bin").read_bytes() == text.encode(),
+            pieces_equal=(folder / "pieces.bin").read_bytes() == tokenizer.decode_bytes(ids.tolist()),
             detokenize_equal=(folder / "detokenized.bin").read_bytes() == text.encode(),
             n_logit_tokens=len(compared),
             greedy_tokens=greedy_tokens,
@@ -206,7 +208,7 @@ def run_llama_cpp(folder: Path, path: Path, timeout_seconds: float) -> None:
     if done.returncode != 0:
         how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
         lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-        raise ConvertError(f"llama.cpp could not run {path} ({how}); its last words:\n  " + "\n  ".join(lines[-8:]))
+        raise ConvertError(f"llama.cpp could not run {path} ({how}); its last words: " + " | ".join(lines[-4:]))
 
 
 @torch.no_grad()

@@ -9,30 +9,35 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
+from torch import Tensor
 
 from llmforge.errors import CheckpointError
 from llmforge.formats.atomic import atomic_file
+from llmforge.formats.lazy import LazyTensor
 
 ALIGNMENT = 32  # bytes; another one needs general.alignment, and older readers ignore that
 MAX_ENTRIES = 65_536  # tensors, or metadata keys: many times what the largest published files have
 MAX_ITEMS = 1 << 24  # of an array; vocabularies have some hundred thousand
+_CHUNK = 1 << 22  # values that are encoded or decoded at a time
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor to write: `data` gives its values as float32 when their turn comes."""
+    """A tensor to write, of any float type."""
 
     name: str
-    shape: tuple[int, ...]  # as numpy and torch have it; the file holds it reversed
     type_name: str  # "F32", "F16", "BF16", "Q8_0"
-    data: Callable[[], np.ndarray]
+    tensor: LazyTensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def write_gguf(
         arch: general.architecture.
         metadata: an int is written as u32, a float as f32, a list of ints as i32: the types that llama.cpp insists on.
         tensors: names are unique and have at most 63 bytes; rows of a Q8_0 tensor are multiples of 32.
-    Memory: the largest tensor, as float32 and encoded.
+    Memory: the largest tensor as it is read; what is encoded is written some megabytes at a time.
     """
     tensors = list(tensors)
     with atomic_file(path) as tmp:
@@ -71,8 +76,8 @@ def write_gguf(
         for key, value in metadata.items():
             writer.add_key_value(key, value, _value_type(value))
         for tensor in tensors:
-            kind = GGMLQuantizationType[tensor.type_name]
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), _nbytes(tensor.shape, kind), kind)
+            kind, shape = GGMLQuantizationType[tensor.type_name], tensor.tensor.shape
+            writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), _nbytes(shape, kind), kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -81,22 +86,70 @@ def write_gguf(
         with tmp.open("ab") as out:
             for tensor in tensors:
                 out.write(b"\0" * (-out.tell() % ALIGNMENT))
-                out.write(encode(tensor.data(), tensor.type_name).data)
+                values = tensor.tensor.read()
+                rows = values.reshape(-1, values.shape[-1])
+                step = max(1, _CHUNK // values.shape[-1])
+                for start in range(0, len(rows), step):
+                    out.write(encode(rows[start : start + step], tensor.type_name).data)
+                del values, rows  # before the next one is read
             out.write(b"\0" * (-out.tell() % ALIGNMENT))
 
 
-def encode(values: np.ndarray, type_name: str) -> np.ndarray:
-    """float32 values (..., n) as the bytes of a ggml type; see `write_gguf` for what fits."""
-    return np.ascontiguousarray(quants.quantize(values, GGMLQuantizationType[type_name]))
+def encode(values: Tensor, type_name: str) -> np.ndarray:
+    """Float values (..., n) as the bytes of a ggml type; see `write_gguf` for what fits."""
+    values = values.detach().cpu()
+    if type_name in _FLOATS:  # to the nearest, ties to even, as ggml rounds
+        return values.to(_FLOATS[type_name]).contiguous().view(torch.uint8).numpy()
+    return np.ascontiguousarray(quants.quantize(values.float().numpy(), GGMLQuantizationType[type_name]))
 
 
-def read_gguf_tensor(path: str | os.PathLike[str], tensor: GGUFTensorInfo) -> np.ndarray:
-    """The values of a tensor as float32, of its shape."""
-    kind = GGMLQuantizationType[tensor.type_name]
+def read_gguf_tensors(path: str | os.PathLike[str], header: "GGUFHeader") -> dict[str, LazyTensor]:
+    """The tensors of a file by name: floats as they are, other types decoded to float32 when they are read.
+
+    Raises:
+        CheckpointError: a type that cannot be decoded.
+    """
+    return {info.name: _lazy(Path(path), info) for info in header.tensors}
+
+
+def _lazy(path: Path, info: GGUFTensorInfo) -> LazyTensor:
+    if info.type_name not in _FLOATS and not _can_be_decoded(info.type_name):
+        raise CheckpointError(
+            f"{path} has the tensor {info.name!r} in {info.type_name}, which cannot be decoded; take a file of another type"
+        )
+    return LazyTensor(info.shape, _FLOATS.get(info.type_name, torch.float32), lambda: _decoded(path, info))
+
+
+@cache
+def _can_be_decoded(type_name: str) -> bool:
+    kind = GGMLQuantizationType[type_name]
+    try:
+        quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _decoded(path: Path, info: GGUFTensorInfo) -> Tensor:
+    if 0 in info.shape:
+        return torch.empty(info.shape, dtype=_FLOATS.get(info.type_name, torch.float32))
+    try:
+        data = np.memmap(path, np.uint8, "c", info.offset, (info.nbytes,))
+    except (OSError, ValueError) as error:  # gone or shortened since the header was read
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if info.type_name in _FLOATS:
+        values, dtype = torch.from_numpy(data), _FLOATS[info.type_name]
+        if info.offset % dtype.itemsize:  # general.alignment may be 1
+            values = values.clone()
+        return values.view(dtype).view(info.shape)
+    kind = GGMLQuantizationType[info.type_name]
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    rows = np.fromfile(path, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
-    rows = rows.reshape(*tensor.shape[:-1], tensor.shape[-1] // block * block_bytes)
-    return quants.dequantize(rows, kind).reshape(tensor.shape)
+    rows = data.reshape(-1, info.shape[-1] // block * block_bytes)
+    values = torch.empty(len(rows), info.shape[-1])
+    step = max(1, _CHUNK // info.shape[-1])
+    for start in range(0, len(rows), step):
+        values[start : start + step] = torch.from_numpy(quants.dequantize(rows[start : start + step], kind))
+    return values.view(info.shape)
 
 
 def read_gguf_header(path: str | os.PathLike[str]) -> GGUFHeader:
@@ -150,6 +203,11 @@ class _HeaderReader:
                     f"the file has {self.size:,}"
                 )
             tensors.append(tensor)
+        end, before = 0, ""
+        for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+            if tensor.offset < end and tensor.nbytes:  # else a small file could announce a huge model
+                raise self.damaged(f"the tensors {before!r} and {tensor.name!r} overlap")
+            end, before = max(end, tensor.offset + tensor.nbytes), tensor.name
         if len({tensor.name for tensor in tensors}) < len(tensors):
             raise self.damaged("two tensors have the same name")
         return GGUFHeader(metadata, tensors)
@@ -164,6 +222,8 @@ class _HeaderReader:
             kind = GGMLQuantizationType(type_number)
         except ValueError:
             raise self.damaged(f"the tensor {name!r} has the unknown type {type_number}") from None
+        if 0 in shape and math.prod(max(n, 1) for n in shape) >= 2**59:  # torch cannot count its strides
+            raise self.damaged(f"the tensor {name!r} of shape {shape} is larger than any tensor can be")
         if shape[-1] % GGML_QUANT_SIZES[kind][0]:
             raise self.damaged(f"rows of {shape[-1]} do not fit {kind.name} blocks in the tensor {name!r}")
         return name, shape, kind, offset

@@ -1,10 +1,9 @@
 """safetensors: named tensors in one file, or in shards with an index.
 
 A file is a little-endian u64 (length of the header), a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes.
-The header is checked here before the safetensors package maps the file: a damaged one ends in a message that says what is wrong.
-
-The writer streams. It does not go through `safetensors.torch.save_file`, which (0.8) leaves files that only their owner can read
-and reports a full disk as a string.
+Reader and writer are our own, tested against the safetensors package, for what that package (0.8) does not do: a damaged header ends
+in a message that says what is wrong; a mapping ends with its tensor, so that reading a checkpoint does not fill the memory; writing
+takes one tensor at a time, `save_file` all of them, and a full disk is reported as such.
 
 Source: https://huggingface.co/docs/safetensors (format), Hugging Face's model.safetensors.index.json.
 """
@@ -12,19 +11,18 @@ Source: https://huggingface.co/docs/safetensors (format), Hugging Face's model.s
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmforge.config import read_json_object
 from llmforge.errors import CheckpointError, ConfigError
+from llmforge.formats.lazy import LazyTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -52,75 +50,27 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class _Entry:
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
+    """The tensors of a .safetensors file, or of a folder with model.safetensors or its index.
 
-
-class SafetensorsReader(Mapping[str, Tensor]):
-    """Tensors by name, each read when it is asked for; see `read_safetensors`."""
-
-    def __init__(self, entries: dict[str, _Entry]) -> None:
-        self._entries = entries
-        self._files: dict[Path, Any] = {}
-        self._stack = ExitStack()
-
-    def __getitem__(self, name: str) -> Tensor:
-        file = self._entries[name].file
-        try:
-            if file not in self._files:
-                self._files[file] = self._stack.enter_context(safe_open(file, framework="pt"))
-            tensor: Tensor = self._files[file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {name!r} from {file}: {error}") from error
-        return tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        return self._entries[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor, without reading it."""
-        return self._entries[name].dtype
-
-    def __enter__(self) -> "SafetensorsReader":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._files.clear()
-        self._stack.close()
-
-
-def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsReader:
-    """Open a .safetensors file, or a folder with model.safetensors or its index; use it in a `with` block.
+    Only the headers are read here. Each tensor is mapped into memory when it is read, and unmapped with its last reference.
 
     Raises:
         CheckpointError: no such file, or one that is cut off or damaged, with its name and what is wrong.
     """
     path = Path(path)
     if path.is_file():
-        return SafetensorsReader(_read_entries(path))
+        return _read_entries(path)
     if (path / SINGLE_FILE).is_file():
-        return SafetensorsReader(_read_entries(path / SINGLE_FILE))
+        return _read_entries(path / SINGLE_FILE)
     if (path / INDEX_FILE).is_file():
-        return SafetensorsReader(_read_index(path / INDEX_FILE))
+        return _read_index(path / INDEX_FILE)
     raise CheckpointError(f"{path} has no {SINGLE_FILE} and no {INDEX_FILE}")
 
 
 def write_safetensors(
     folder: str | os.PathLike[str],
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, LazyTensor],
     *,
     max_shard_bytes: int | None = 5_000_000_000,
 ) -> None:
@@ -128,46 +78,38 @@ def write_safetensors(
 
     Args:
         folder: not made atomic here; write into the folder that `atomic_folder` yields.
-        tensors: name and tensor, taken one by one: no more than one shard is held in memory.
+        tensors: read one by one: memory for a single one is needed.
         max_shard_bytes: most bytes of tensors in a file (a single larger tensor has a file of its own); None = always one file.
     """
     folder = Path(folder)
-    names_of: list[list[str]] = []  # of each shard
-    total_bytes = 0
-    for shard in _shards(tensors, max_shard_bytes):
-        names_of.append(list(shard))
-        total_bytes += sum(tensor.nbytes for tensor in shard.values())
-        _write_file(folder / _shard_name(len(names_of)), shard)
-        shard.clear()  # its memory is free before the next one is gathered
-    if len(names_of) == 1:
-        os.rename(folder / _shard_name(1), folder / SINGLE_FILE)
+    shards = _shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        _write_file(folder / SINGLE_FILE, shards[0])
         return
     weight_map = {}
-    for number, names in enumerate(names_of, start=1):  # only now is it known of how many
-        file = f"model-{number:05d}-of-{len(names_of):05d}.safetensors"
-        os.rename(folder / _shard_name(number), folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / file, shard)
+        weight_map.update(dict.fromkeys(shard, file))
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _shard_name(number: int) -> str:
-    return f"model-{number:05d}.safetensors"
+def _shards(tensors: Mapping[str, LazyTensor], max_bytes: int | None) -> list[dict[str, LazyTensor]]:
+    shards: list[dict[str, LazyTensor]] = [{}]
+    room = max_bytes if max_bytes is not None else math.inf
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = max_bytes if max_bytes is not None else math.inf
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    return shards
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int | None) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        if max_bytes is not None and shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_bytes:
-            yield shard
-            shard = {}
-        shard[name] = tensor
-    yield shard
-
-
-def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_file(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     # Wide types first, as the safetensors package does it: so each tensor is aligned to its own type.
-    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on "format"
     offset = 0
     for name in names:
@@ -185,10 +127,27 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
         for name in names:
-            out.write(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            values = tensors[name].read()
+            assert tuple(values.shape) == tensors[name].shape, name
+            assert values.dtype == tensors[name].dtype, name
+            out.write(values.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _read_index(index: Path) -> dict[str, _Entry]:
+def _mapped(file: Path, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+    """A tensor in a file, mapped privately: nothing is read before it is used."""
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        data = np.memmap(file, np.uint8, "c", offset, (math.prod(shape) * dtype.itemsize,))
+    except (OSError, ValueError) as error:  # gone or shortened since the header was read
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    values = torch.from_numpy(data)
+    if offset % dtype.itemsize:  # old files may not be aligned
+        values = values.clone()
+    return values.view(dtype).view(shape)
+
+
+def _read_index(index: Path) -> dict[str, LazyTensor]:
     """Entries of all shards that an index.json lists; its file names must not lead out of the folder."""
     try:
         weight_map = read_json_object(index).get("weight_map")
@@ -196,14 +155,16 @@ def _read_index(index: Path) -> dict[str, _Entry]:
         raise CheckpointError(str(error)) from error
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names")
-    entries: dict[str, _Entry] = {}
-    for file in sorted(set(weight_map.values())):
+    files: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        files.setdefault(file, set()).add(name)
+    entries: dict[str, LazyTensor] = {}
+    for file, listed in sorted(files.items()):
         if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {file!r}; a shard must be a .safetensors file in the same folder")
-        if not (index.parent / file).is_file():
+        if len(file) > 200 or not (index.parent / file).is_file():  # of longer names some systems do not want to hear
             raise CheckpointError(f"{index} names {file}, which is not there; download or copy it again")
         shard = _read_entries(index.parent / file)
-        listed = {name for name, owner in weight_map.items() if owner == file}
         if shard.keys() != listed:
             name = min(shard.keys() ^ listed)
             where = f"is in {file} but not listed there" if name in shard else f"is not in {file} as listed there"
@@ -212,7 +173,7 @@ def _read_index(index: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _read_entries(file: Path) -> dict[str, _Entry]:
+def _read_entries(file: Path) -> dict[str, LazyTensor]:
     """Read and check the header of one file."""
 
     def damaged(what: str) -> CheckpointError:
@@ -227,6 +188,10 @@ def _read_entries(file: Path) -> dict[str, _Entry]:
             header_bytes = int.from_bytes(stream.read(8), "little")
             if size < 8:
                 raise CheckpointError(f"{file} is cut off: it has {size} bytes, a header alone needs more")
+            if header_bytes == int.from_bytes(b"version ", "little"):
+                raise CheckpointError(
+                    f"{file} is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`"
+                )
             if header_bytes > MAX_HEADER_BYTES:
                 raise damaged(f"a header of {header_bytes:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed")
             if 8 + header_bytes > size:
@@ -251,9 +216,11 @@ def _read_entries(file: Path) -> dict[str, _Entry]:
         if not _are_sizes(value["shape"]) or not _are_sizes(value["data_offsets"]) or len(value["data_offsets"]) != 2:
             raise damaged(f"shape and data_offsets of {name!r} must be lists of whole numbers")
         dtype, shape, (start, end) = _DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
+        if 0 in shape and math.prod(max(n, 1) for n in shape) >= 2**59:  # torch cannot count its strides
+            raise damaged(f"{name!r} of shape {shape} is larger than any tensor can be")
         if end - start != math.prod(shape) * dtype.itemsize:
             raise damaged(f"{name!r} of shape {shape} and {value['dtype']} cannot fill bytes {start} to {end}")
-        entries[name] = _Entry(file, dtype, shape)
+        entries[name] = LazyTensor(shape, dtype, partial(_mapped, file, dtype, shape, 8 + header_bytes + start))
         spans.append((start, end, name))
     position = 0
     for start, end, name in sorted(spans):

@@ -2,8 +2,12 @@
 
 from llmforge.models.base import LanguageModel, ModelConfig
 from llmforge.models.gpt import GPT, GPTConfig
+from llmforge.models.llama import Llama, LlamaConfig
 
 # How files name a family -> what builds it.
-FAMILIES: dict[str, tuple[type[ModelConfig], type[LanguageModel]]] = {GPTConfig.FAMILY: (GPTConfig, GPT)}
+FAMILIES: dict[str, tuple[type[ModelConfig], type[LanguageModel]]] = {
+    GPTConfig.FAMILY: (GPTConfig, GPT),
+    LlamaConfig.FAMILY: (LlamaConfig, Llama),
+}
 
-__all__ = ["FAMILIES", "GPT", "GPTConfig", "LanguageModel", "ModelConfig"]
+__all__ = ["FAMILIES", "GPT", "GPTConfig", "LanguageModel", "Llama", "LlamaConfig", "ModelConfig"]

@@ -29,7 +29,8 @@ class LanguageModel(nn.Module, ABC):
     def features(self, idx: Tensor, kv_cache: KVCache | None = None) -> Tensor:
         """Hidden states before the output projection: (B, T) int64 -> (B, T, C).
 
-        With a cache, `idx` holds only the tokens that the cache has not read yet, and the cache advances by T.
+        With a cache, `idx` holds only the tokens that the cache has not read yet, the cache says which positions they have and what
+        they may see, and it advances by T.
         """
 
     def forward(self, idx: Tensor) -> Tensor:

@@ -83,11 +83,11 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, kv_cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, kv_cache: KVCache | None) -> Tensor:
         q, k, v = rearrange(self.c_attn(x), "B T (qkv H D) -> qkv B H T D", qkv=3, H=self.n_head)
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)  # (B, H, S, D)
-        y = causal_attention(q, k, v, dropout=self.dropout if self.training else 0.0)
+        y = causal_attention(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0)
         out: Tensor = self.resid_dropout(self.c_proj(rearrange(y, "B H T D -> B T (H D)")))
         return out  # (B, T, C)
 
@@ -115,8 +115,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, kv_cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), kv_cache)
+    def forward(self, x: Tensor, mask: Tensor | None, kv_cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, kv_cache)
         x = x + self.mlp(self.ln_2(x))
         return x  # (B, T, C)
 
@@ -133,12 +133,12 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
 
     def forward(self, idx: Tensor, kv_cache: KVCache | None) -> Tensor:
-        T = idx.shape[1]
-        past = kv_cache.length if kv_cache is not None else 0
-        pos = torch.arange(past, past + T, device=idx.device)
+        T, device = idx.shape[1], idx.device
+        pos = torch.arange(T, device=device) if kv_cache is None else kv_cache.positions(T, device)
+        mask = None if kv_cache is None else kv_cache.mask(T, device)
         x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
         for block in self.h:
-            x = block(x, kv_cache)
+            x = block(x, mask, kv_cache)
         if kv_cache is not None:
             kv_cache.advance(T)
         hidden: Tensor = self.ln_f(x)

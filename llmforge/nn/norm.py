@@ -26,3 +26,24 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)"""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root of the mean square of the last dimension, computed in float32, times a learned gain.
+
+    Args:
+        dim: width of the last dimension.
+        eps: added to the mean square.
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467; the order of rounding is that of transformers' LlamaRMSNorm.
+    >>> (RMSNorm(2)(torch.tensor([[3.0, 4.0]])) * 12.5**0.5).round()
+    tensor([[3., 4.]], grad_fn=<RoundBackward0>)
+    """
+
+    def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)"""
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)

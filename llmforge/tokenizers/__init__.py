@@ -1,4 +1,4 @@
-"""Text to ids and back: characters, byte-level BPE, GPT-2's vocabulary."""
+"""Text to ids and back: characters, byte-level BPE, SentencePiece, GPT-2's vocabulary; and conversations as text."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,9 @@ from llmforge.errors import DataError
 from llmforge.tokenizers.base import GGUFVocabulary, Tokenizer, read_tokenizer_file
 from llmforge.tokenizers.bpe import PRE_TOKENIZERS, BPETokenizer
 from llmforge.tokenizers.char import CharTokenizer
+from llmforge.tokenizers.chat import chat_ids, render_chat
+from llmforge.tokenizers.gguf import tokenizer_from_gguf
+from llmforge.tokenizers.sentencepiece import SentencePieceTokenizer, is_sentencepiece
 from llmforge.tokenizers.tiktoken import TiktokenTokenizer
 
 __all__ = [
@@ -14,30 +17,38 @@ __all__ = [
     "BPETokenizer",
     "CharTokenizer",
     "GGUFVocabulary",
+    "SentencePieceTokenizer",
     "TiktokenTokenizer",
     "Tokenizer",
+    "chat_ids",
     "load_tokenizer",
+    "render_chat",
+    "tokenizer_from_gguf",
 ]
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
-    """The tokenizer whose tokenizer.json lies in a folder; None if there are no tokenizer files.
+    """The tokenizer in a folder: its tokenizer.json, or else SentencePiece's tokenizer.model; None if there are no tokenizer files.
 
     Raises:
         DataError: the files are damaged, or of a kind that is not supported.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.exists():
-        for name in ("tokenizer.model", "merges.txt"):
-            if path.with_name(name).exists():
-                raise DataError(
-                    f"{folder} has a {name} but no tokenizer.json, and {name} is not supported yet; transformers writes a "
-                    "tokenizer.json with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-                )
+        if path.with_name("tokenizer.model").exists():
+            return SentencePieceTokenizer.from_model_file(path.with_name("tokenizer.model"))
+        if path.with_name("merges.txt").exists():
+            raise DataError(
+                f"{folder} has a merges.txt but no tokenizer.json, and merges.txt is not supported yet; transformers writes a "
+                "tokenizer.json with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
         return None
     content = read_tokenizer_file(path)
     try:
         char_tokenizer = CharTokenizer.from_tokenizer_json(content)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    return char_tokenizer or BPETokenizer.from_file(path)
+    if char_tokenizer is not None:
+        return char_tokenizer
+    kind = SentencePieceTokenizer if is_sentencepiece(content) else BPETokenizer
+    return kind.from_file(path)

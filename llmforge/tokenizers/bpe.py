@@ -5,7 +5,6 @@ import os
 import string
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,13 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from llmforge.config import did_you_mean
 from llmforge.errors import ConfigError, ConvertError, DataError
+from llmforge.tokenizers.backend import BackendTokenizer, load_backend, state_of
 from llmforge.tokenizers.base import (
-    CONTROL,
     END_OF_TEXT,
-    NORMAL,
-    UNUSED,
-    USER_DEFINED,
+    NO_MERGE,
     GGUFVocabulary,
-    Tokenizer,
     characters_to_bytes,
-    join_pieces,
-    read_tokenizer_file,
     tokenizer_config,
-    write_tokenizer_files,
 )
 from llmforge.tokenizers.text_files import cut_safely, find_texts, read_text
 
@@ -49,7 +42,7 @@ _MIN_VOCAB_SIZE = 257  # every byte, and END_OF_TEXT
 _PART_CHARS = 2**16  # texts are encoded in parts of about this length, on all cores
 
 
-class BPETokenizer(Tokenizer):
+class BPETokenizer(BackendTokenizer):
     """Byte-level BPE with one of the pre-tokenizers that llama.cpp has too.
 
     >>> tokenizer = BPETokenizer.from_texts(["una olla de algo más vaca que carnero " * 9], vocab_size=280)
@@ -65,26 +58,11 @@ class BPETokenizer(Tokenizer):
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, config: Mapping[str, Any] | None = None) -> None:
-        vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
-        if max(vocabulary.values(), default=0) > 10 * len(vocabulary):
-            raise DataError(
-                f"ids reach {max(vocabulary.values())} with only {len(vocabulary)} tokens: the file is damaged"
-            )
-        state = json.loads(backend.to_str())
-        _check_byte_level(state, vocabulary)
-        backend.encode_special_tokens = True  # special tokens in a text are text
-        backend.no_truncation()
-        backend.no_padding()
-        self._backend = backend
-        self._config = dict(config or tokenizer_config(END_OF_TEXT if END_OF_TEXT in vocabulary else None))
-        eos_token = self._config.get("eos_token")
-        self._eos_token_id = vocabulary.get(str(eos_token["content"] if isinstance(eos_token, dict) else eos_token))
-        self._added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
-        self._tokens: list[str | None] = [None] * (max(vocabulary.values()) + 1)  # None: an id without a token
-        self._pieces = [b""] * len(self._tokens)
-        for token, i in vocabulary.items():
-            self._tokens[i] = token
-            self._pieces[i] = token.encode() if i in self._added else characters_to_bytes(token)
+        state = state_of(backend)
+        _check_byte_level(state, backend.get_vocab(with_added_tokens=True))
+        if config is None:
+            config = tokenizer_config(END_OF_TEXT if backend.token_to_id(END_OF_TEXT) is not None else None)
+        super().__init__(backend, config)
         self.pre_tokenizer = _recognise(state)
         self._cut_before = self._find_cut_before()
 
@@ -154,47 +132,21 @@ class BPETokenizer(Tokenizer):
         Raises:
             DataError: the file is missing or damaged, or another kind of tokenizer.
         """
-        path = Path(path)
-        read_tokenizer_file(path)
-        config_path = path.with_name("tokenizer_config.json")
-        config = read_tokenizer_file(config_path) if config_path.is_file() else None
+        backend, config = load_backend(path)
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), config=config)
+            return cls(backend, config=config)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-        except BaseException as error:
-            # The library raises bare Exceptions, and its panics are not even that.
-            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise DataError(f"{path} is not a tokenizer.json that can be read: {error}") from error
-            raise
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._tokens)
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self._eos_token_id
+    def _bytes_of(self, i: int, token: str) -> bytes:
+        return characters_to_bytes(token)
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         slices = (text[i : i + _PART_CHARS] for i in range(0, len(text), _PART_CHARS))
-        parts = list(cut_safely(slices, self.safe_cut))
-        try:
-            encodings = self._backend.encode_batch_fast(parts, add_special_tokens=False)
-        except TypeError as error:
-            raise DataError(
-                f"cannot encode {text[:40]!r}: it has half of a surrogate pair, which is no character"
-            ) from error
-        return np.fromiter((i for encoding in encodings for i in encoding.ids), dtype=np.uint32)
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return join_pieces(self._pieces, ids)
+        return self._encode_all(self._backend, list(cut_safely(slices, self.safe_cut)))
 
     def safe_cut(self, text: str) -> int:
         return last_cut(text, self._cut_before)
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        write_tokenizer_files(folder, self._backend.to_str(pretty=True), self._config)
 
     def gguf_vocabulary(self) -> GGUFVocabulary:
         if self.pre_tokenizer is None:
@@ -203,22 +155,22 @@ class BPETokenizer(Tokenizer):
                 f"ids without a warning; train with a BPETokenizer of {', '.join(PRE_TOKENIZERS)}"
             )
         merges = json.loads(self._backend.to_str())["model"]["merges"]
+        tokens, token_types = self._gguf_tokens()
         return GGUFVocabulary(
-            tokens=[f"[UNUSED{i}]" if token is None else token for i, token in enumerate(self._tokens)],
-            token_types=[self._gguf_type(i, token) for i, token in enumerate(self._tokens)],
-            merges=[" ".join(pair) for pair in merges] or ["ĠĀ Ġ"],  # never applied: nothing makes "ĠĀ"
+            tokens=tokens,
+            token_types=token_types,
+            merges=[" ".join(pair) for pair in merges] or [NO_MERGE],
             pre=self.pre_tokenizer,
+            bos_token_id=self.bos_token_id,
+            eos_token_id=self.eos_token_id,
+            pad_token_id=self._special_ids.get("pad_token"),
+            add_bos_token=self.add_bos,
+            chat_template=self.chat_template,
         )
-
-    def _gguf_type(self, i: int, token: str | None) -> int:
-        if i in self._added:
-            return CONTROL if self._added[i].special else USER_DEFINED
-        return UNUSED if token is None else NORMAL
 
     def _find_cut_before(self) -> tuple[str, ...]:
         """The sets of characters before which `safe_cut` may cut: those of CUT_BEFORE that no added token reaches over."""
-        # Special tokens are not looked for in a text.
-        plain = [token for token in self._added.values() if not token.special]
+        plain = self._plain_added()
         if self.pre_tokenizer is None or any(token.rstrip or token.single_word for token in plain):
             return ()
         return tuple(before for before in CUT_BEFORE if not any(last_cut(token.content, (before,)) for token in plain))
@@ -251,6 +203,13 @@ def _new_backend(
     backend.pre_tokenizer = _build_pre_tokenizer(pre_tokenizer)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def new_state(pre_tokenizer: str, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The tokenizer.json of such a vocabulary, in which tokens can be added under ids of one's own choice."""
+    state: dict[str, Any] = json.loads(_new_backend(pre_tokenizer, {}, []).to_str())
+    state["model"] |= {"vocab": dict(vocabulary), "merges": list(merges)}
+    return state
 
 
 def _build_pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:

@@ -12,6 +12,7 @@ from llmforge.errors import DataError
 from llmforge.tokenizers.base import (
     CONTROL,
     END_OF_TEXT,
+    NO_MERGE,
     NORMAL,
     GGUFVocabulary,
     Tokenizer,
@@ -150,6 +151,7 @@ class CharTokenizer(Tokenizer):
         return GGUFVocabulary(
             tokens=[*tokens, END_OF_TEXT],
             token_types=[NORMAL] * len(tokens) + [CONTROL],
-            merges=list(merges) or ["ĠĀ Ġ"],  # never applied: nothing makes "ĠĀ"
+            merges=list(merges) or [NO_MERGE],
             pre="qwen2",
+            eos_token_id=self.eos_token_id,
         )

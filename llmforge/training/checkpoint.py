@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from llmforge.config import Config, read_json_object
 from llmforge.errors import CheckpointError, ConfigError
 from llmforge.formats.atomic import atomic_folder
+from llmforge.formats.lazy import LazyTensor
 from llmforge.formats.safetensors import read_safetensors, write_safetensors
 from llmforge.tokenizers import Tokenizer
 
@@ -75,7 +76,8 @@ def save_checkpoint(out_dir: Path, model: nn.Module, tokenizer: Tokenizer | None
 
 def write_model_folder(folder: Path, model: nn.Module, tokenizer: Tokenizer | None) -> None:
     """Write weights, config.json and tokenizer files into an existing folder."""
-    write_safetensors(folder, unique_tensors(model).items(), max_shard_bytes=None)
+    tensors = {name: LazyTensor.of(tensor) for name, tensor in unique_tensors(model).items()}
+    write_safetensors(folder, tensors, max_shard_bytes=None)
     config = getattr(model, "config", None)
     if isinstance(config, Config) and hasattr(config, "FAMILY"):
         _write_json(folder / "config.json", {FAMILY_KEY: config.FAMILY, **config.to_dict()})
@@ -124,22 +126,21 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: what is missing, what is left over, and what has another shape, each by name; the model is untouched.
     """
-    own = unique_tensors(model)
-    with read_safetensors(folder) as tensors:
-        missing = [name for name in own if name not in tensors]
-        unexpected = [name for name in tensors if name not in own]
-        reshaped = [
-            f"{name} {tuple(tensors.shape(name))} instead of {tuple(own[name].shape)}"
-            for name in own
-            if name in tensors and tuple(tensors.shape(name)) != tuple(own[name].shape)
-        ]
-        if missing or unexpected or reshaped:
-            parts = [("missing", missing), ("not in this model", unexpected), ("of another shape", reshaped)]
-            found = "; ".join(f"{what}: {_some(names)}" for what, names in parts if names)
-            raise CheckpointError(f"{folder} does not fit this model: {found}; build the model from its config.json")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+    own, tensors = unique_tensors(model), read_safetensors(folder)
+    missing = [name for name in own if name not in tensors]
+    unexpected = [name for name in tensors if name not in own]
+    reshaped = [
+        f"{name} {tensors[name].shape} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != tuple(own[name].shape)
+    ]
+    if missing or unexpected or reshaped:
+        parts = [("missing", missing), ("not in this model", unexpected), ("of another shape", reshaped)]
+        found = "; ".join(f"{what}: {_some(names)}" for what, names in parts if names)
+        raise CheckpointError(f"{folder} does not fit this model: {found}; build the model from its config.json")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name].read())
 
 
 def list_checkpoints(run: Path) -> list[Path]:

@@ -36,6 +36,23 @@ class TrainConfig(Config):
             )
             for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
         },
+        # The smallest learns a book: few tokens per step, some epochs. The others want gigabytes of text and a GPU; learning rates
+        # fall with the width as in GPT-3's table 2.1 (arXiv:2005.14165), half a million tokens per step.
+        "llama-15m": dict(max_steps=3_000, micro_batch_size=8, lr=1e-3, betas=(0.9, 0.99)),
+        "llama-42m": dict(max_steps=20_000, micro_batch_size=16, grad_accum_steps=8, lr=1e-3, warmup_steps=500),
+        **{
+            name: dict(max_steps=100_000, micro_batch_size=8, grad_accum_steps=accum, lr=lr, warmup_steps=2_000)
+            for name, accum, lr in (
+                ("llama-110m", 64, 6e-4),
+                ("llama-350m", 32, 3e-4),
+            )
+        },
+        **{
+            name: dict(
+                max_steps=100_000, micro_batch_size=1, grad_accum_steps=128, seq_len=4096, lr=2e-4, warmup_steps=2_000
+            )
+            for name in ("llama-3.2-1b", "llama-3-8b")
+        },
     }
 
     max_steps: int  # optimizer steps

@@ -1,6 +1,5 @@
-"""nanoGPT's ckpt.pt, read without running anything in it."""
+"""Files of torch.save, read without running anything in them: nanoGPT's ckpt.pt, and llama2.c's, which was nanoGPT's once."""
 
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -9,48 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmforge.convert.gpt2 import GPT2
-from llmforge.convert.published import assemble
-from llmforge.errors import CheckpointError, ConfigError, ConvertError
-from llmforge.models import GPT, GPTConfig
-
-_MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # of nanoGPT's train.py
-_MASK_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.bias")  # the causal mask, where it does not use flash attention
+from llmforge.convert.from_llama2c import read_llama2c
+from llmforge.convert.from_nanogpt import read_nanogpt
+from llmforge.convert.published import Published
+from llmforge.errors import CheckpointError
 
 
-def load_nanogpt(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> GPT:
-    """Read the model of a checkpoint that nanoGPT's train.py wrote; its GELU is the erf form.
+def read_torch(path: Path) -> Published:
+    """The model of a checkpoint.
 
     Raises:
         CheckpointError: not such a file, damaged, with content that is more than tensors and plain values, or tensors that do not
             fit its model_args.
-        ConvertError: model_args that nanoGPT's train.py does not write.
+        ConvertError: model_args that are not known.
     """
-    path = Path(path)
-    checkpoint = _read(path)
+    checkpoint = _load(path)
     args, state = checkpoint.get("model_args"), checkpoint.get("model")
     if not isinstance(args, dict) or not isinstance(state, dict):
-        raise CheckpointError(f"{path} is not nanoGPT's: it has no 'model' and 'model_args', but {_keys(checkpoint)}")
-    unknown = [str(key) for key in args if key not in _MODEL_ARGS]
-    if unknown:
-        raise ConvertError(f"{path} has model_args that nanoGPT's GPT does not: {', '.join(unknown)}")
-    try:
-        config = GPTConfig.from_dict({**args, "activation_function": "gelu"})
-    except ConfigError as error:
-        raise ConvertError(f"{path} describes a model that cannot be built: {error}") from error
+        raise CheckpointError(
+            f"{path} is neither nanoGPT's nor llama2.c's: it has no 'model' and 'model_args', but {_keys(checkpoint)}"
+        )
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_plain(tensor):
             raise CheckpointError(f"{path} has something else than a tensor in 'model': {name!r}")
-        name = name.removeprefix("_orig_mod.")  # of a compiled model
-        if not _MASK_BUFFER.fullmatch(name):
-            tensors[name] = tensor
-    model = assemble(GPT2(), config, tensors, path, dtype)
-    assert isinstance(model, GPT)
-    return model
+        tensors[name.removeprefix("_orig_mod.")] = tensor  # of a compiled model
+    return (read_llama2c if "dim" in args else read_nanogpt)(path, args, tensors)
 
 
-def _read(path: Path) -> dict[Any, Any]:
+def _load(path: Path) -> dict[Any, Any]:
     try:
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
@@ -65,13 +51,13 @@ def _read(path: Path) -> dict[Any, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch has no one class for what can be wrong with a file
-        found = re.search(r"Unsupported (?:global|operand|class)[^\n]*|^[^\n]*", str(error))
+        found = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # before it torch advises to run the code
         raise CheckpointError(
             f"{path} is damaged, or holds more than tensors and plain values, which is not read because it could run code "
-            f"({found.group() if found else type(error).__name__})"
+            f"({found.group(1) if found else type(error).__name__})"
         ) from error
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} is not nanoGPT's: it holds a {type(checkpoint).__name__}")
+        raise CheckpointError(f"{path} is no checkpoint of nanoGPT or llama2.c: it holds a {type(checkpoint).__name__}")
     return checkpoint
 
 

@@ -1,0 +1,26 @@
+"""Feed-forward layers."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """C -> F twice, one of the two through SiLU as a gate for the other, F -> C.
+
+    Args:
+        dim: width C.
+        hidden_dim: width F.
+        bias: of the three matrices.
+    Source: Shazeer 2020, arXiv:2002.05202; parameter names are Hugging Face's.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)"""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
