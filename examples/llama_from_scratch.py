@@ -22,7 +22,7 @@ parser.add_argument(
 args = parser.parse_args()
 
 tokenizer = lf.BPETokenizer.from_text_file(args.text, vocab_size=args.vocab_size)
-train_data, val_data = lf.TokenDataset.from_text_file(args.text, tokenizer).split(val_fraction=0.05)
+train_data, val_data = lf.TokenDataset.from_text_file(args.text, tokenizer).split(val_fraction=0.1)
 
 torch.manual_seed(0)
 model = lf.Llama(

@@ -36,7 +36,8 @@ def export_hf(
         model_or_folder: a model of a known family, which is not changed; or what `load` accepts, or `open_model` gives: that is not
             loaded, but goes from file to file one tensor at a time.
         tokenizer: None = the one in the folder; a folder without tokenizer files where there is none.
-        dtype: of the weights: float32, bfloat16 or float16; None = as they are, where they are all alike, else float32.
+        dtype: of the weights: float32, bfloat16 or float16; None = that of the matrices, where they are all
+            alike, else float32.
         max_shard_bytes: weights above this go into several files.
         overwrite: replace a Hugging Face folder that is there.
     Raises:
