@@ -42,7 +42,7 @@ def main() -> None:
     machine.write(f"export-fidelity-{Path(args.run).name}", result)
 
 
-def compare_with_transformers(model: lf.GPT, tokenizer: object, text: str, folder: Path) -> dict[str, object]:
+def compare_with_transformers(model: torch.nn.Module, tokenizer: object, text: str, folder: Path) -> dict[str, object]:
     """Ids of the whole text, and the largest difference of a logit over the first windows of it."""
     lf.export_hf(model, tokenizer, folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder)

@@ -21,6 +21,7 @@ _NAMES = {
     "LLMForgeError": "llmforge.errors",
     "Llama": "llmforge.models",
     "LlamaConfig": "llmforge.models",
+    "SentencePieceTokenizer": "llmforge.tokenizers",
     "TiktokenTokenizer": "llmforge.tokenizers",
     "TokenDataset": "llmforge.data",
     "TrainConfig": "llmforge.training",
@@ -48,6 +49,7 @@ __all__ = [
     "LLMForgeError",
     "Llama",
     "LlamaConfig",
+    "SentencePieceTokenizer",
     "TiktokenTokenizer",
     "TokenDataset",
     "TrainConfig",
@@ -71,7 +73,13 @@ if TYPE_CHECKING:
     from llmforge.errors import CheckpointError, ConfigError, ConvertError, DataError, LLMForgeError
     from llmforge.generation import generate, generate_batch, generate_text, stream_text
     from llmforge.models import GPT, GPTConfig, Llama, LlamaConfig
-    from llmforge.tokenizers import BPETokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer
+    from llmforge.tokenizers import (
+        BPETokenizer,
+        CharTokenizer,
+        SentencePieceTokenizer,
+        TiktokenTokenizer,
+        load_tokenizer,
+    )
     from llmforge.training import TrainConfig, Trainer
 
 

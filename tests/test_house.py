@@ -80,6 +80,7 @@ def test_public_names_are_these():
         "LLMForgeError",
         "Llama",
         "LlamaConfig",
+        "SentencePieceTokenizer",
         "TiktokenTokenizer",
         "TokenDataset",
         "TrainConfig",
