@@ -30,6 +30,8 @@ class Family(ABC):
     ] = {}  # values of our fields that all files of the family have without saying so
 
     gguf_arch: ClassVar[str]
+    gguf_names: ClassVar[Mapping[str, str]]  # our module -> GGUF's; of those in layers, what follows the layer's number
+    layers_prefix: ClassVar[str]  # of our names, before the layer's number
     gguf_float32: ClassVar[frozenset[str]]  # GGUF names of matrices that are not encoded otherwise
     gguf_fields: ClassVar[
         Mapping[str, tuple[str, Any]]
@@ -79,14 +81,25 @@ class Family(ABC):
             tensors: in llama.cpp's layout, under our names.
         """
 
-    @abstractmethod
     def gguf_name(self, name: str) -> str:
         """Our name -> GGUF's."""
+        return _renamed(name, self.layers_prefix, "blk.", self.gguf_names)
 
-    @abstractmethod
     def own_gguf_name(self, gguf_name: str) -> str:
         """GGUF's name -> ours. Raises KeyError for a name that is not the family's."""
+        return _renamed(
+            gguf_name, "blk.", self.layers_prefix, {theirs: ours for ours, theirs in self.gguf_names.items()}
+        )
 
     def gguf_metadata(self, config: Any) -> dict[str, Any]:
         """Keys below `<arch>.` beside those of the table."""
         return {}
+
+
+def _renamed(name: str, prefix: str, new_prefix: str, names: Mapping[str, str]) -> str:
+    """The name of a tensor with the name of its module exchanged: model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight."""
+    module, _, kind = name.rpartition(".")
+    if not module.startswith(prefix):
+        return f"{names[module]}.{kind}"
+    layer, _, part = module.removeprefix(prefix).partition(".")
+    return f"{new_prefix}{layer}.{names[part]}.{kind}"

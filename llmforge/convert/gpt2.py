@@ -36,7 +36,6 @@ _GGUF_NAMES = {
     "transformer.ln_f": "output_norm",
     "lm_head": "output",
 }
-_OWN_NAMES = {theirs: ours for ours, theirs in _GGUF_NAMES.items()}
 
 
 class GPT2(Family):
@@ -72,6 +71,8 @@ class GPT2(Family):
         summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
     """
     gguf_arch = "gpt2"
+    gguf_names = _GGUF_NAMES
+    layers_prefix = "transformer.h."
     gguf_fields: ClassVar = {
         "context_length": ("block_size", None),
         "embedding_length": ("n_embd", None),
@@ -150,20 +151,6 @@ class GPT2(Family):
                 f"up to a multiple of 256; the model has learned {config.block_size}"
             )
         return config.replace(block_size=rows), tensors, notes
-
-    def gguf_name(self, name: str) -> str:
-        module, _, kind = name.rpartition(".")  # transformer.h.3.ln_1.weight -> blk.3.attn_norm.weight
-        if module.startswith("transformer.h."):
-            layer, part = module.removeprefix("transformer.h.").split(".", 1)
-            return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
-        return f"{_GGUF_NAMES[module]}.{kind}"
-
-    def own_gguf_name(self, gguf_name: str) -> str:
-        module, _, kind = gguf_name.rpartition(".")
-        if module.startswith("blk."):
-            layer, part = module.removeprefix("blk.").split(".", 1)
-            return f"transformer.h.{layer}.{_OWN_NAMES[part]}.{kind}"
-        return f"{_OWN_NAMES[module]}.{kind}"
 
     def gguf_metadata(self, config: GPTConfig) -> dict[str, Any]:
         return {"feed_forward_length": 4 * config.n_embd, "attention.layer_norm_epsilon": 1e-5}

@@ -47,8 +47,8 @@ _GGUF_NAMES = {
     "mlp.down_proj": "ffn_down",
     "model.norm": "output_norm",
     "lm_head": "output",
+    "rope_freqs": "rope_freqs",  # of GGUF alone
 }
-_OWN_NAMES = {theirs: ours for ours, theirs in _GGUF_NAMES.items()}
 
 
 class HFLlama(Family):
@@ -82,6 +82,8 @@ class HFLlama(Family):
     hf_ignored = "pretraining_tp"  # how a sum was split among machines
 
     gguf_arch = "llama"
+    gguf_names = _GGUF_NAMES
+    layers_prefix = "model.layers."
     gguf_float32 = frozenset()
     gguf_fields: ClassVar = {
         "context_length": ("max_position_embeddings", None),
@@ -157,24 +159,6 @@ class HFLlama(Family):
         if stretch is not None:
             values["rope_scaling"] = _llama3_from_stretch(config, stretch)
         return values, reordered(config, tensors, to_halves) if self.gguf_arch == "llama" else tensors
-
-    def gguf_name(self, name: str) -> str:
-        if name == _ROPE_FREQS:
-            return name
-        module, _, kind = name.rpartition(".")  # model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight
-        if module.startswith("model.layers."):
-            layer, part = module.removeprefix("model.layers.").split(".", 1)
-            return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
-        return f"{_GGUF_NAMES[module]}.{kind}"
-
-    def own_gguf_name(self, gguf_name: str) -> str:
-        if gguf_name == _ROPE_FREQS:
-            return gguf_name
-        module, _, kind = gguf_name.rpartition(".")
-        if module.startswith("blk."):
-            layer, part = module.removeprefix("blk.").split(".", 1)
-            return f"model.layers.{layer}.{_OWN_NAMES[part]}.{kind}"
-        return f"{_OWN_NAMES[module]}.{kind}"
 
     def gguf_metadata(self, config: LlamaConfig) -> dict[str, Any]:
         metadata: dict[str, Any] = {
