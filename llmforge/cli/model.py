@@ -1,4 +1,4 @@
-"""The arguments with which generate, export and verify name a model, and how it is loaded."""
+"""The arguments with which generate, chat, export and verify name a model, and how it is loaded."""
 
 import argparse
 from typing import TYPE_CHECKING

@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from llmforge.errors import ConvertError
 from llmforge.formats.lazy import LazyTensor
@@ -40,6 +42,11 @@ class Family(ABC):
     def expresses(self, config: Any) -> bool:
         """Whether the family has all that this config of `config_class` says."""
         return True
+
+    def blueprint(self, config: Any) -> LanguageModel:
+        """The model of a config on the meta device: shapes without values."""
+        with torch.device("meta"), _WithoutValues():
+            return self.model_class(config)
 
     def complete(self, config: Any, tensors: Tensors) -> tuple[Any, Tensors]:
         """Config and tensors of the same model with everything that the family's files must have."""
@@ -103,3 +110,13 @@ def _renamed(name: str, prefix: str, new_prefix: str, names: Mapping[str, str]) 
         return f"{names[module]}.{kind}"
     layer, _, part = module.removeprefix(prefix).partition(".")
     return f"{new_prefix}{layer}.{names[part]}.{kind}"
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Skips the initialisation of values that a tensor on "meta" does not have: it would load torch's compiler, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from llmforge.convert.base import Tensors
 from llmforge.convert.llama import reordered, to_halves
 from llmforge.convert.published import Published, account, family_of
 from llmforge.errors import CheckpointError, ConfigError, ConvertError
-from llmforge.formats.lazy import LazyTensor
+from llmforge.formats.lazy import LazyTensor, map_tensor
 from llmforge.models import LlamaConfig
 
 _MODEL_ARGS = (
@@ -43,6 +42,7 @@ _NAMES = {
 }
 # Cosines and sines, and the causal mask where it does not use flash attention.
 _BUFFERS = re.compile(r"freqs_(cos|sin|cis)|layers\.\d+\.attention\.mask")
+_ONCE = ("tok_embeddings", "norm", "output")  # not in every layer
 _MAGIC = 0x616B3432  # "ak42", of versions 1 and 2
 _HEADER_BYTES = {0: 28, 1: 256, 2: 256}
 
@@ -131,7 +131,7 @@ def read_llama2c_bin(path: Path) -> Published:
     }
     if shared:
         del shapes["output"]
-    counts = {part: 1 if part in ("tok_embeddings", "norm", "output") else layers for part in shapes}
+    counts = {part: 1 if part in _ONCE else layers for part in shapes}
     expected = _HEADER_BYTES[version] + sum(counts[part] * _nbytes(shape, group) for part, shape in shapes.items())
     expected += 4 * context * config.head_width if version == 0 else 0  # cosines and sines
     if expected != size or (group and any(len(s) > 1 and math.prod(s) % group for s in shapes.values())) or group < 0:
@@ -143,7 +143,7 @@ def read_llama2c_bin(path: Path) -> Published:
         order.sort(key=lambda part: not part.endswith("norm"))
     entries = []
     for part in order:
-        prefixes = [""] if part in ("tok_embeddings", "norm", "output") else [f"layers.{i}." for i in range(layers)]
+        prefixes = [""] if part in _ONCE else [f"layers.{i}." for i in range(layers)]
         entries += [(f"{prefix}{part}.weight", shapes[part]) for prefix in prefixes]
     return _published(path, config, _tensors(path, entries, version, group, context * config.head_width))
 
@@ -165,21 +165,16 @@ def _tensors(
         if group and len(shape) > 1:
             read = partial(_quantized, path, shape, position, group)
         else:
-            read = partial(_floats, path, shape, position)
+            read = partial(map_tensor, path, torch.float32, shape, position)
         tensors[name] = LazyTensor(shape, torch.float32, read)
         position += _nbytes(shape, group)
     return tensors
 
 
-def _floats(path: Path, shape: tuple[int, ...], position: int) -> Tensor:
-    return torch.from_numpy(np.memmap(path, "<f4", "c", position, shape))
-
-
 def _quantized(path: Path, shape: tuple[int, ...], position: int, group: int) -> Tensor:
     n = math.prod(shape)
-    values = torch.from_numpy(np.memmap(path, np.int8, "c", position, (n // group, group)))
-    # Copied, since they may not be aligned there.
-    scales = torch.from_numpy(np.array(np.memmap(path, "<f4", "r", position + n, (n // group, 1))))
+    values = map_tensor(path, torch.int8, (n // group, group), position)
+    scales = map_tensor(path, torch.float32, (n // group, 1), position + n)
     if not (scales >= 0).all() or scales.isinf().any():
         raise CheckpointError(
             f"{path} is damaged, or written in the first weeks of version 2, which had all scales at its end; export it again"

@@ -83,14 +83,13 @@ class GPT2(Family):
     gguf_float32 = frozenset({"position_embd.weight"})  # llama-quantize leaves it alone, too
 
     def complete(self, config: GPTConfig, tensors: Tensors) -> tuple[GPTConfig, Tensors]:
-        with torch.device("meta"):
-            with_bias = GPT(config.replace(bias=True))
+        with_bias = self.blueprint(config.replace(bias=True))
         zeros = {
             name: LazyTensor.of(torch.zeros(p.shape))
             for name, p in with_bias.named_parameters()
             if name.endswith(".bias")
         }
-        return with_bias.config, {**zeros, **tensors}
+        return config.replace(bias=True), {**zeros, **tensors}
 
     def append_eos_row(self, config: GPTConfig, tensors: Tensors) -> tuple[GPTConfig, Tensors]:
         # u is a unit vector orthogonal to every row of the output projection W. Adding 20u to the bias of the final norm changes

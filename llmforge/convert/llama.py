@@ -189,13 +189,17 @@ class HFLlama(Family):
         return metadata
 
 
+# transformers' Mistral and Qwen2 have no such settings.
+_WITHOUT_BIASES = {key: row for key, row in HFLlama.hf_fields.items() if key not in ("attention_bias", "mlp_bias")}
+
+
 class HFMistral(HFLlama):
     """Llama with a sliding window."""
 
     hf_model_type = "mistral"
     hf_architecture = "MistralForCausalLM"
     hf_fields: ClassVar = {
-        **{key: row for key, row in HFLlama.hf_fields.items() if key not in ("attention_bias", "mlp_bias")},
+        **_WITHOUT_BIASES,
         "intermediate_size": ("intermediate_size", 14_336),
         "num_key_value_heads": ("num_key_value_heads", 8),
         "max_position_embeddings": ("max_position_embeddings", 131_072),
@@ -213,7 +217,7 @@ class HFQwen2(HFLlama):
     hf_model_type = "qwen2"
     hf_architecture = "Qwen2ForCausalLM"
     hf_fields: ClassVar = {
-        **{key: row for key, row in HFLlama.hf_fields.items() if key not in ("attention_bias", "mlp_bias")},
+        **_WITHOUT_BIASES,
         "vocab_size": ("vocab_size", 151_936),
         "intermediate_size": ("intermediate_size", 22_016),
         "num_key_value_heads": ("num_key_value_heads", 32),

@@ -129,7 +129,7 @@ def _read_own(folder: Path, values: dict[str, Any]) -> Published:
     except ConfigError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     misfit = CheckpointError(f"{folder} does not fit its config")
-    return account(family_of(config), config, dict(read_safetensors(folder)), misfit)
+    return account(family_of(config), config, read_safetensors(folder), misfit)
 
 
 def _found(path: Path) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from llmforge.config import read_json_object
 from llmforge.convert.base import Family, Tensors
@@ -171,22 +170,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _blueprint(family: Family, config: Any, misfit: Exception) -> LanguageModel:
-    """The model without values."""
+    """The family's blueprint, or the reason why there is none as `misfit`."""
     try:
-        with torch.device("meta"), _WithoutValues():
-            return family.model_class(config)
+        return family.blueprint(config)
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         raise type(misfit)(f"{misfit}: it has sizes that no model can have ({str(error)[:100]}): {config}") from error
-
-
-class _WithoutValues(TorchFunctionMode):
-    """Skips the initialisation of values that a tensor on "meta" does not have: it would load torch's compiler, for seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
 
 
 def _of_all_layers(blueprint: LanguageModel, n_layers: int) -> dict[str, tuple[int, ...]]:

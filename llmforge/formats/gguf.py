@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmforge.errors import CheckpointError
 from llmforge.formats.atomic import atomic_file
-from llmforge.formats.lazy import LazyTensor
+from llmforge.formats.lazy import LazyTensor, map_tensor
 
 ALIGNMENT = 32  # bytes; another one needs general.alignment, and older readers ignore that
 MAX_ENTRIES = 65_536  # tensors, or metadata keys: many times what the largest published files have
@@ -131,19 +131,13 @@ def _can_be_decoded(type_name: str) -> bool:
 
 
 def _decoded(path: Path, info: GGUFTensorInfo) -> Tensor:
-    if 0 in info.shape:
-        return torch.empty(info.shape, dtype=_FLOATS.get(info.type_name, torch.float32))
-    try:
-        data = np.memmap(path, np.uint8, "c", info.offset, (info.nbytes,))
-    except (OSError, ValueError) as error:  # gone or shortened since the header was read
-        raise CheckpointError(f"cannot read {path}: {error}") from error
     if info.type_name in _FLOATS:
-        values, dtype = torch.from_numpy(data), _FLOATS[info.type_name]
-        if info.offset % dtype.itemsize:  # general.alignment may be 1
-            values = values.clone()
-        return values.view(dtype).view(info.shape)
+        return map_tensor(path, _FLOATS[info.type_name], info.shape, info.offset)
+    if 0 in info.shape:
+        return torch.empty(info.shape)
     kind = GGMLQuantizationType[info.type_name]
     block, block_bytes = GGML_QUANT_SIZES[kind]
+    data = map_tensor(path, torch.uint8, (info.nbytes,), info.offset).numpy()
     rows = data.reshape(-1, info.shape[-1] // block * block_bytes)
     values = torch.empty(len(rows), info.shape[-1])
     step = max(1, _CHUNK // info.shape[-1])

@@ -6,9 +6,13 @@ So a checkpoint of any size goes from one file to another, or to a device, one t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from llmforge.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,21 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+
+def map_tensor(file: Path, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+    """A tensor in a file, mapped privately: nothing is read before it is used.
+
+    Raises:
+        CheckpointError: the file is gone, or shorter than the tensor needs.
+    """
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        data = np.memmap(file, np.uint8, "c", offset, (math.prod(shape) * dtype.itemsize,))
+    except (OSError, ValueError) as error:  # since the header was read
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    values = torch.from_numpy(data)
+    if offset % dtype.itemsize:  # some files do not align
+        values = values.clone()
+    return values.view(dtype).view(shape)

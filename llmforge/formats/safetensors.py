@@ -16,13 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from llmforge.config import read_json_object
 from llmforge.errors import CheckpointError, ConfigError
-from llmforge.formats.lazy import LazyTensor
+from llmforge.formats.lazy import LazyTensor, map_tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -133,20 +131,6 @@ def _write_file(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
             out.write(values.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _mapped(file: Path, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
-    """A tensor in a file, mapped privately: nothing is read before it is used."""
-    if 0 in shape:
-        return torch.empty(shape, dtype=dtype)
-    try:
-        data = np.memmap(file, np.uint8, "c", offset, (math.prod(shape) * dtype.itemsize,))
-    except (OSError, ValueError) as error:  # gone or shortened since the header was read
-        raise CheckpointError(f"cannot read {file}: {error}") from error
-    values = torch.from_numpy(data)
-    if offset % dtype.itemsize:  # old files may not be aligned
-        values = values.clone()
-    return values.view(dtype).view(shape)
-
-
 def _read_index(index: Path) -> dict[str, LazyTensor]:
     """Entries of all shards that an index.json lists; its file names must not lead out of the folder."""
     try:
@@ -220,7 +204,7 @@ def _read_entries(file: Path) -> dict[str, LazyTensor]:
             raise damaged(f"{name!r} of shape {shape} is larger than any tensor can be")
         if end - start != math.prod(shape) * dtype.itemsize:
             raise damaged(f"{name!r} of shape {shape} and {value['dtype']} cannot fill bytes {start} to {end}")
-        entries[name] = LazyTensor(shape, dtype, partial(_mapped, file, dtype, shape, 8 + header_bytes + start))
+        entries[name] = LazyTensor(shape, dtype, partial(map_tensor, file, dtype, shape, 8 + header_bytes + start))
         spans.append((start, end, name))
     position = 0
     for start, end, name in sorted(spans):
