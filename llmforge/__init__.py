@@ -26,6 +26,7 @@ _NAMES = {
     "TokenDataset": "llmforge.data",
     "TrainConfig": "llmforge.training",
     "Trainer": "llmforge.training",
+    "collect_imatrix": "llmforge.convert",
     "export_gguf": "llmforge.convert",
     "export_hf": "llmforge.convert",
     "generate": "llmforge.generation",
@@ -33,8 +34,13 @@ _NAMES = {
     "generate_text": "llmforge.generation",
     "load": "llmforge.convert",
     "load_tokenizer": "llmforge.tokenizers",
+    "quantization_report": "llmforge.deploy",
+    "quantize_aware_": "llmforge.convert",
+    "quantize_gguf": "llmforge.convert",
+    "read_imatrix": "llmforge.convert",
     "stream_text": "llmforge.generation",
     "verify_gguf": "llmforge.deploy",
+    "write_imatrix": "llmforge.convert",
 }
 
 __all__ = [
@@ -55,6 +61,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "__version__",
+    "collect_imatrix",
     "export_gguf",
     "export_hf",
     "generate",
@@ -62,14 +69,28 @@ __all__ = [
     "generate_text",
     "load",
     "load_tokenizer",
+    "quantization_report",
+    "quantize_aware_",
+    "quantize_gguf",
+    "read_imatrix",
     "stream_text",
     "verify_gguf",
+    "write_imatrix",
 ]
 
 if TYPE_CHECKING:
-    from llmforge.convert import export_gguf, export_hf, load
+    from llmforge.convert import (
+        collect_imatrix,
+        export_gguf,
+        export_hf,
+        load,
+        quantize_aware_,
+        quantize_gguf,
+        read_imatrix,
+        write_imatrix,
+    )
     from llmforge.data import TokenDataset
-    from llmforge.deploy import verify_gguf
+    from llmforge.deploy import quantization_report, verify_gguf
     from llmforge.errors import CheckpointError, ConfigError, ConvertError, DataError, LLMForgeError
     from llmforge.generation import generate, generate_batch, generate_text, stream_text
     from llmforge.models import GPT, GPTConfig, Llama, LlamaConfig

@@ -1,6 +1,7 @@
 """What llmforge raises when the input is at fault; every message gives the value, the rule and the way out."""
 
 import reprlib
+from collections.abc import Sequence
 
 MAX_MESSAGE = 600  # characters; values come from files, and may be of any length
 
@@ -29,6 +30,15 @@ class CheckpointError(LLMForgeError, RuntimeError):
 
 class ConvertError(LLMForgeError, ValueError):
     """A model or file that cannot be expressed in the format asked for."""
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are.
+
+    >>> some(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def one_line(text: str) -> str:

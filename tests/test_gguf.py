@@ -255,17 +255,19 @@ def test_the_file_says_what_clients_need(tmp_path):
 
 
 def test_file_type_numbers_are_llama_cpps():
-    from llmforge.convert.to_gguf import FILE_TYPES
+    from llmforge.convert.mixture import FILE_TYPES
 
-    theirs = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
-    assert {name: int(gguf.LlamaFileType[theirs[name]]) for name in theirs} == FILE_TYPES
+    theirs = {name: "ALL_F32" if name == "F32" else f"MOSTLY_{name}" for name in FILE_TYPES}
+    assert {name: int(gguf.LlamaFileType[theirs[name]]) for name in theirs} == {
+        name: number for name, (number, _) in FILE_TYPES.items()
+    }
 
 
 def test_rows_that_q8_0_cannot_hold_are_f16(tmp_path):
     model = toy(n_embd=48)  # the rows of ffn_down have 4 * 48 = 192 = 6 * 32
     report = export_gguf(model, CHARS, tmp_path / "x.gguf", file_type="Q8_0")
     assert report.tensors == {"F16": 7, "Q8_0": 2, "F32": 2 + 2 * 8 + 1}
-    assert any(note.startswith("7 tensors are F16") for note in report.notes)
+    assert any(note.startswith("7 tensors with rows of 48 are F16 instead of Q8_0") for note in report.notes)
     assert verify_gguf(tmp_path / "x.gguf", model, CHARS, text=TEXT).passed
 
 
@@ -290,16 +292,16 @@ def with_weight(value: float) -> GPT:
 @pytest.mark.parametrize(
     ("model", "tokenizer", "file_type", "message"),
     [
-        (toy(), CHARS, "Q4_K_M", r"file_type \('Q4_K_M'\) must be one of F32, F16, Q8_0, BF16"),
+        (toy(), CHARS, "Q9_K", r"file_type \('Q9_K'\) must be one of F32, F16, BF16, Q4_0, "),
         (nn.Linear(2, 2), CHARS, "F16", "Linear is no model that other programs know"),
         (with_weight(torch.nan), CHARS, "F16", r"h\.0\.mlp\.c_fc\.weight holds NaN or infinity"),
         (
             with_weight(-1e5),
             CHARS,
             "F16",
-            r"h\.0\.mlp\.c_fc\.weight has a value of 1e\+05, too large for F16; export BF16",
+            r"blk\.0\.ffn_up\.weight: a value of 1e\+05 is too large for F16; take BF16 or F32",
         ),
-        (with_weight(1e7), CHARS, "Q8_0", r"h\.0\.mlp\.c_fc\.weight has a value of 1e\+07, too large for Q8_0"),
+        (with_weight(1e7), CHARS, "Q8_0", r"blk\.0\.ffn_up\.weight: a value of 1e\+07 is too large for Q8_0"),
         (toy(vocab_size=20), CHARS, "F16", r"the model has 20 tokens and the tokenizer \d+"),
         (toy(vocab_size=400), CHARS, "F16", r"the model has 400 tokens and the tokenizer \d+; take the tokenizer"),
         (toy(vocab_size=CHARS.vocab_size - 1, n_embd=32), CHARS, "F16", r"vocab_size \(\d+\) < n_embd \(32\)"),

@@ -16,15 +16,16 @@ PACKAGE = Path(llmforge.__file__).parent
 ALLOWED = {
     "errors": set(),
     "config": set(),
-    "formats": set(),
+    "quant": set(),
+    "formats": {"quant"},
     "tokenizers": {"formats"},
-    "nn": set(),
+    "nn": {"quant"},
     "models": {"nn"},
     "data": {"tokenizers", "formats"},
     "generation": {"nn", "tokenizers"},
     "training": {"data", "formats", "tokenizers", "generation"},
-    "convert": {"models", "nn", "training", "tokenizers", "formats"},
-    "deploy": {"convert", "generation", "models", "tokenizers", "formats"},
+    "convert": {"models", "nn", "training", "tokenizers", "formats", "quant"},
+    "deploy": {"convert", "generation", "models", "tokenizers", "formats", "quant"},
 }
 
 
@@ -86,6 +87,7 @@ def test_public_names_are_these():
         "TrainConfig",
         "Trainer",
         "__version__",
+        "collect_imatrix",
         "export_gguf",
         "export_hf",
         "generate",
@@ -93,8 +95,13 @@ def test_public_names_are_these():
         "generate_text",
         "load",
         "load_tokenizer",
+        "quantization_report",
+        "quantize_aware_",
+        "quantize_gguf",
+        "read_imatrix",
         "stream_text",
         "verify_gguf",
+        "write_imatrix",
     ]
     for name in llmforge.__all__:
         assert getattr(llmforge, name) is not None

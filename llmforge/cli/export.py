@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from llmforge.cli.model import add_model_arguments, find_tokenizer
+from llmforge.cli.model import add_model_arguments, find_tokenizer, load_model
 from llmforge.cli.program import program
+from llmforge.cli.types import Bar, add_type_arguments, type_options
 from llmforge.errors import ConfigError
 
 HELP = "write a GGUF file or a Hugging Face folder"
@@ -13,6 +14,8 @@ It goes from file to file one tensor at a time: memory for the largest tensor is
 EXAMPLES = """examples:
   llmforge export runs/quijote --gguf quijote.gguf                     16-bit floats
   llmforge export runs/quijote --gguf quijote.gguf --file-type Q8_0    half the size, nearly the same text
+  llmforge export runs/quijote --gguf quijote.gguf --file-type Q4_K_M  less than a third of it
+  llmforge export runs/quijote --gguf q4.gguf --file-type Q4_K_M --report --report-text other.txt
   llmforge export runs/quijote --hf out/quijote                        for AutoModelForCausalLM
   llmforge export base/ --gguf base.gguf --file-type BF16              a downloaded Llama, Mistral or Qwen
 """
@@ -21,8 +24,18 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--gguf", metavar="FILE", help="GGUF file to write")
+    add_type_arguments(parser, default="F16")
     parser.add_argument(
-        "--file-type", default="F16", metavar="TYPE", help="of the GGUF: F32, F16, BF16 or Q8_0 (default: F16)"
+        "--report",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="measure what the GGUF's type costs, show a table and write it as JSON (default: beside the GGUF)",
+    )
+    parser.add_argument(
+        "--report-text",
+        metavar="FILE",
+        help="text for --report, best one that the model has not seen (default: its own)",
     )
     parser.add_argument("--hf", metavar="FOLDER", help="Hugging Face folder to write")
     parser.add_argument(
@@ -36,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.gguf is None and args.hf is None:
         raise ConfigError("say what to write: --gguf FILE, --hf FOLDER, or both")
+    if args.report is not None and args.gguf is None:
+        raise ConfigError("--report measures a GGUF; say which one to write: --gguf FILE")
     import torch
 
     from llmforge.convert import export_gguf, export_hf, open_model
@@ -47,9 +62,24 @@ def run(args: argparse.Namespace) -> int:
         report = export_hf(model, tokenizer, args.hf, dtype=dtype, overwrite=args.overwrite)
         print(f"wrote {args.hf} (Hugging Face, {report.file_type})")
     if args.gguf is not None:
-        report = export_gguf(model, tokenizer, args.gguf, file_type=args.file_type)
+        report = export_gguf(model, tokenizer, args.gguf, progress=Bar(), **type_options(args))
         for note in report.notes:
             print(f"note: {note}")
         print(f"wrote {args.gguf} ({report.file_type}, {Path(args.gguf).stat().st_size / 1e6:.1f} MB)")
+        if args.report is not None:
+            _report(args)
         print(f"next  {program()} verify {args.gguf} {args.model}")
     return 0
+
+
+def _report(args: argparse.Namespace) -> None:
+    from llmforge.deploy import quantization_report
+    from llmforge.tokenizers.text_files import read_text
+
+    model, tokenizer = load_model(args)
+    text = "".join(read_text(args.report_text)) if args.report_text is not None else None
+    report = quantization_report(args.gguf, model, tokenizer, text=text)
+    path = Path(args.report) if args.report else Path(args.gguf).with_suffix(".report.json")
+    report.save(path)
+    print(report)
+    print(f"wrote {path}")

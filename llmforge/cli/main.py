@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 import llmforge
-from llmforge.cli import chat, demo, export, generate, info, train, verify
+from llmforge.cli import chat, demo, export, generate, imatrix, info, quantize, train, verify
 from llmforge.errors import LLMForgeError
 
 # None of these modules imports torch before its `run` is called: `llmforge --help` answers at once.
@@ -16,6 +16,8 @@ _COMMANDS = {
     "generate": generate,
     "chat": chat,
     "export": export,
+    "quantize": quantize,
+    "imatrix": imatrix,
     "verify": verify,
     "info": info,
 }

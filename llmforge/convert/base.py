@@ -34,7 +34,6 @@ class Family(ABC):
     gguf_arch: ClassVar[str]
     gguf_names: ClassVar[Mapping[str, str]]  # our module -> GGUF's; of those in layers, what follows the layer's number
     layers_prefix: ClassVar[str]  # of our names, before the layer's number
-    gguf_float32: ClassVar[frozenset[str]]  # GGUF names of matrices that are not encoded otherwise
     gguf_fields: ClassVar[
         Mapping[str, tuple[str, Any]]
     ]  # GGUF's key below `<arch>.` -> our field, and what absence means

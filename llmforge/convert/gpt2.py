@@ -80,7 +80,6 @@ class GPT2(Family):
         "attention.head_count": ("n_head", None),
         "vocab_size": ("vocab_size", None),
     }
-    gguf_float32 = frozenset({"position_embd.weight"})  # llama-quantize leaves it alone, too
 
     def complete(self, config: GPTConfig, tensors: Tensors) -> tuple[GPTConfig, Tensors]:
         with_bias = self.blueprint(config.replace(bias=True))

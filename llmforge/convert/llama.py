@@ -84,7 +84,6 @@ class HFLlama(Family):
     gguf_arch = "llama"
     gguf_names = _GGUF_NAMES
     layers_prefix = "model.layers."
-    gguf_float32 = frozenset()
     gguf_fields: ClassVar = {
         "context_length": ("max_position_embeddings", None),
         "embedding_length": ("hidden_size", None),

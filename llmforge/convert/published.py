@@ -14,7 +14,7 @@ from llmforge.config import read_json_object
 from llmforge.convert.base import Family, Tensors
 from llmforge.convert.gpt2 import GPT2
 from llmforge.convert.llama import HFLlama, HFMistral, HFQwen2, HFQwen3
-from llmforge.errors import CheckpointError, ConfigError, ConvertError
+from llmforge.errors import CheckpointError, ConfigError, ConvertError, some
 from llmforge.formats.lazy import LazyTensor
 from llmforge.models import LanguageModel
 from llmforge.tokenizers import Tokenizer
@@ -98,7 +98,7 @@ def account(family: Family, config: Any, tensors: Tensors, misfit: Exception) ->
         ],
     }
     if any(differences.values()):
-        parts = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
+        parts = [f"{what}: {some(names)}" for what, names in differences.items() if names]
         raise type(misfit)(f"{misfit}; {'; '.join(parts)}")
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
@@ -215,10 +215,6 @@ def _shared_names(model: nn.Module) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     return list(names.values())
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _fit_vocabulary(

@@ -1,27 +1,23 @@
 """GGUF files that llama.cpp, LM Studio and Ollama load, and that compute what the model computes."""
 
-import math
 import os
 from collections import Counter
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gguf import size_label
-from torch import Tensor, nn
+from torch import nn
 
 from llmforge.convert.base import Family
+from llmforge.convert.imatrix import Importance
 from llmforge.convert.load import source
-from llmforge.convert.published import ExportReport, Published, prepare
+from llmforge.convert.mixture import FILE_TYPES, Mixture, choose_types
+from llmforge.convert.published import ExportReport, Published, prepare, publish
 from llmforge.errors import ConvertError
 from llmforge.formats.gguf import GGUFTensor, write_gguf
-from llmforge.formats.lazy import LazyTensor
 from llmforge.tokenizers import Tokenizer
-
-# Name -> general.file_type, llama.cpp's llama_ftype.
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
-
-# Largest value of each type; the scale of a Q8_0 block is a float16.
-_LARGEST = {"F16": 65_504.0, "Q8_0": 127 * 65_504.0}
 
 
 def export_gguf(
@@ -30,7 +26,10 @@ def export_gguf(
     path: str | os.PathLike[str],
     *,
     file_type: str = "F16",
+    tensor_types: Mapping[str, str] | None = None,
+    importance: Importance | None = None,
     name: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Write a GGUF file.
 
@@ -38,9 +37,13 @@ def export_gguf(
         model_or_folder: a model of a known family, which is not changed; or what `load` accepts, or `open_model` gives: that is not
             loaded, but goes from file to file one tensor at a time.
         tokenizer: that of the model; None = the one in the folder.
-        file_type: type of the matrices: "F32", "F16", "BF16" or "Q8_0". Norms, biases and positions are F32 always, and rows that
-            are no multiple of 32 are F16 instead of Q8_0.
+        file_type: "F32", "F16", "BF16", "Q8_0", "Q4_K_M" ... (`mixture.FILE_TYPES`), with the types that llama.cpp's quantize
+            gives each tensor. Norms, biases and positions are F32 always; rows that do not fit a type's blocks get another one,
+            which the report's notes say.
+        tensor_types: pattern -> type, for tensors whose GGUF name contains that regular expression: {"attn_v": "Q8_0"}.
+        importance: how much each input of each matrix matters, from `collect_imatrix` or `read_imatrix`; None = all alike.
         name: how programs show the model; None = the file's name.
+        progress: called with the number of weights that are written, and of all.
     Raises:
         ConvertError: the model, the tokenizer or the file type cannot be expressed.
         WriteError: the file cannot be written.
@@ -55,42 +58,48 @@ def export_gguf(
     published = prepare(published, tokenizer)
     family = published.family
     config, tensors, notes = family.to_gguf(published.config, published.tensors)
+    tensors = {family.gguf_name(own_name): tensor for own_name, tensor in tensors.items()}
 
-    described = [_describe(family, own_name, tensor, file_type) for own_name, tensor in tensors.items()]
-    types = Counter(tensor.type_name for tensor in described)
-    if file_type == "Q8_0" and types["F16"]:
-        notes.append(f"{types['F16']} tensors are F16: their rows are not a multiple of 32, as Q8_0 needs")
     arch, n_params = family.gguf_arch, published.num_params
-    fields = {key: getattr(config, field) for key, (field, _) in family.gguf_fields.items()}
     metadata = {
         "general.type": "model",
         "general.name": name or path.stem,
         "general.size_label": size_label(n_params, n_params, 0, 0),
-        "general.file_type": FILE_TYPES[file_type],
+        "general.file_type": FILE_TYPES[file_type][0],
         "general.quantization_version": 2,
-        **{f"{arch}.{key}": value for key, value in {**fields, **family.gguf_metadata(config)}.items()},
+        **gguf_metadata(published.family, config),
         **vocabulary.metadata(rows=config.vocab_size),
     }
-    write_gguf(path, arch, metadata, described)
-    return ExportReport(path, path.stat().st_size, file_type, types, published.notes + notes)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    mixture = choose_types(
+        file_type,
+        {"general.architecture": arch, **metadata},
+        shapes,
+        tensor_types=tensor_types,
+        has_importance=importance is not None,
+    )
+    weights = importance.fitting(shapes) if importance is not None else {}
+    described = [
+        GGUFTensor(name, mixture.types.get(name, "F32"), tensor, weights.get(name)) for name, tensor in tensors.items()
+    ]
+    write_gguf(path, arch, metadata, described, progress=progress)
+    types = Counter(tensor.type_name for tensor in described)
+    return ExportReport(path, path.stat().st_size, file_type, types, published.notes + notes + mixture.notes())
 
 
-def _describe(family: Family, own_name: str, tensor: LazyTensor, file_type: str) -> GGUFTensor:
-    name, type_name = family.gguf_name(own_name), file_type
-    if len(tensor.shape) == 1 or name in family.gguf_float32:  # other types load and then abort in the first decode
-        type_name = "F32"
-    elif file_type == "Q8_0" and tensor.shape[-1] % 32:
-        type_name = "F16"
-    if type_name in _LARGEST:
-        tensor = tensor.then(partial(_small_enough, own_name, type_name))
-    return GGUFTensor(name, type_name, tensor)
+def gguf_metadata(family: Family, config: Any) -> dict[str, Any]:
+    """The sizes and settings of a model, as a file's metadata names them."""
+    fields = {key: getattr(config, field) for key, (field, _) in family.gguf_fields.items()}
+    return {f"{family.gguf_arch}.{key}": value for key, value in {**fields, **family.gguf_metadata(config)}.items()}
 
 
-def _small_enough(own_name: str, type_name: str, tensor: Tensor) -> Tensor:
-    if tensor.device.type != "meta":
-        low, high = tensor.aminmax()
-        if (largest := max(-low.item(), high.item())) > _LARGEST.get(type_name, math.inf):
-            raise ConvertError(
-                f"{own_name} has a value of {largest:.3g}, too large for {type_name}; export BF16 or F32"
-            )
-    return tensor
+def model_types(model: nn.Module, file_type: str, **options: Any) -> Mixture:
+    """The types that `export_gguf` gives a model's tensors, under the model's own names; options as of `choose_types`."""
+    published = publish(model)
+    family = published.family
+    config, tensors, _ = family.to_gguf(*family.complete(published.config, published.tensors))
+    names = {family.gguf_name(own_name): own_name for own_name in tensors}
+    metadata = {"general.architecture": family.gguf_arch, **gguf_metadata(family, config)}
+    shapes = {name: tensors[own_name].shape for name, own_name in names.items()}
+    mixture = choose_types(file_type, metadata, shapes, **options)
+    return replace(mixture, types={names[name]: given for name, given in mixture.types.items()})

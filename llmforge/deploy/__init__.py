@@ -1,5 +1,6 @@
-"""From a GGUF file to the programs that run it; so far, whether llama.cpp computes the same as the model."""
+"""From a GGUF file to the programs that run it: does llama.cpp compute the same as the model, and what did rounding cost?"""
 
+from llmforge.deploy.quality import QualityReport, quantization_report
 from llmforge.deploy.verify import VerifyReport, verify_gguf
 
-__all__ = ["VerifyReport", "verify_gguf"]
+__all__ = ["QualityReport", "VerifyReport", "quantization_report", "verify_gguf"]

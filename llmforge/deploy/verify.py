@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmforge.convert.to_gguf import FILE_TYPES
+from llmforge.convert.load import load
+from llmforge.convert.mixture import FILE_TYPES
 from llmforge.errors import ConvertError, DataError
-from llmforge.formats.gguf import read_gguf_header
+from llmforge.formats.gguf import GGUFHeader, read_gguf_header
 from llmforge.generation import generate
 from llmforge.tokenizers import Tokenizer
 
 # Largest mean KL divergence (nats per token) that rounding explains, about ten times what trained models have. A mistake in a file
-# (a transposed matrix, a permuted row, another tokenizer) gives 0.01 and more.
+# (a transposed matrix, a permuted row, another tokenizer) gives 0.01 and more. Types with fewer bits change the model itself; a
+# file of them is compared with its own weights, and Q8_0's limit is for llama.cpp's rounding of what enters its matrices.
 KL_LIMITS = {"F32": 2e-6, "F16": 1e-5, "BF16": 5e-4, "Q8_0": 2e-3}
 
 
@@ -48,6 +50,9 @@ class VerifyReport:
     greedy_tokens: int  # length of the most probable continuation
     greedy_equal: int  # how many of its tokens are equal before the first difference
     greedy_gap: float  # by how much the model prefers its own token there, as a log-probability; 0 = no difference
+    kl_of_rounding: float | None = (
+        None  # nats, KL(model || the file's weights in torch), where these are what is compared above
+    )
 
     @property
     def kl_limit(self) -> float:
@@ -73,16 +78,23 @@ class VerifyReport:
         greedy = f"{self.greedy_equal} of {self.greedy_tokens} tokens equal"
         if self.greedy_is_near_tie:
             greedy += f", then a near-tie (log-probabilities {self.greedy_gap:.1e} apart)"
+        what, rounding = "the model", []
+        if self.kl_of_rounding is not None:
+            what = "its own weights"
+            rounding = [
+                f"  rounding     KL {self.kl_of_rounding:.1e} mean, between the model and the file's weights in torch"
+            ]
         spaces = "" if self.detokenize_equal else "; llama_detokenize tidies spaces with this pre-tokenizer"
         return "\n".join(
             [
-                f"{self.path} ({self.file_type}) in llama.cpp: {'same as the model' if self.passed else 'NOT the same as the model'}",
+                f"{self.path} ({self.file_type}) in llama.cpp: {'same as ' if self.passed else 'NOT the same as '}{what}",
                 f"  token ids    {word(self.ids_equal)}, {self.n_text_tokens:,} tokens",
                 f"  text         {word(self.pieces_equal)}{spaces}",
                 f"  KL           {kl}, {self.n_logit_tokens:,} positions",
                 f"  argmax       {self.argmax_agreement:.2%} equal",
                 f"  perplexity   {self.perplexity_model:.4f} model, {self.perplexity_file:.4f} file",
                 f"  greedy text  {greedy}",
+                *rounding,
             ]
         )
 
@@ -126,7 +138,7 @@ def verify_gguf(
     if next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model).float()
     if text is None:
-        text = _text_of(model, tokenizer, min(context, max_tokens))
+        text = text_of(model, tokenizer, min(context, max_tokens))
     ids = tokenizer.encode_array(text).astype(np.int32)
     if len(ids) < 2:
         raise DataError(f"the text {text[:20]!r} has {len(ids)} tokens; give one of at least two to compare on")
@@ -151,17 +163,21 @@ def verify_gguf(
         n_vocab = json.loads((folder / "response.json").read_text(encoding="utf-8"))["n_vocab"]
         logits = np.memmap(folder / "logits.f32", dtype=np.float32, mode="r", shape=(len(compared), n_vocab))
         theirs = np.fromfile(folder / "greedy.i32", dtype=np.int32).tolist()
-        was_training = model.training
+        file_type = file_type_of(header)
+        was_training, own_weights, kl_of_rounding = model.training, model, None
         model.eval()  # no dropout
         try:
-            statistics = _compare_logits(model, compared, windows, logits)
-            equal, gap = _compare_greedy(model, compared[:prompt_tokens], theirs)
+            if file_type not in KL_LIMITS:
+                own_weights = load(path)[0].to(next(model.parameters()).device)
+                kl_of_rounding = kl_divergence(model, own_weights, compared, windows)
+            statistics = _compare_logits(own_weights, compared, windows, logits)
+            equal, gap = _compare_greedy(own_weights, compared[:prompt_tokens], theirs)
         finally:
             model.train(was_training)
-        file_type = header.metadata.get("general.file_type")
         return VerifyReport(
             path=path,
-            file_type=next((key for key, number in FILE_TYPES.items() if number == file_type), str(file_type)),
+            file_type=file_type,
+            kl_of_rounding=kl_of_rounding,
             n_text_tokens=len(ids),
             ids_equal=np.array_equal(np.fromfile(folder / "tokens.i32", dtype=np.int32), ids),
             pieces_equal=(folder / "pieces.bin").read_bytes() == tokenizer.decode_bytes(ids.tolist()),
@@ -174,6 +190,24 @@ def verify_gguf(
         )
 
 
+def file_type_of(header: GGUFHeader) -> str:
+    """The name of a file's type; its number where it has no name here."""
+    file_type = header.metadata.get("general.file_type")
+    return next((key for key, (number, _) in FILE_TYPES.items() if number == file_type), str(file_type))
+
+
+@torch.no_grad()
+def kl_divergence(model: nn.Module, other: nn.Module, ids: Tensor, windows: list[int]) -> float:
+    """Mean KL(model || other), nats per token, over ids (T) in windows; tokens that only one of them has are left out."""
+    device, kls = next(model.parameters()).device, []
+    for window in torch.split(ids, windows):
+        ours, theirs = (m(window[None].to(device))[0].float().cpu().double() for m in (model, other))
+        n = min(ours.shape[1], theirs.shape[1])
+        ours, theirs = ours[:, :n].log_softmax(-1), theirs[:, :n].log_softmax(-1)
+        kls.append((ours.exp() * (ours - theirs)).sum(-1))
+    return torch.cat(kls).mean().item()
+
+
 def _context_of(metadata: dict[str, Any]) -> int:
     theirs = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if not isinstance(theirs, int):
@@ -181,7 +215,7 @@ def _context_of(metadata: dict[str, Any]) -> int:
     return theirs
 
 
-def _text_of(model: nn.Module, tokenizer: Tokenizer, n_tokens: int) -> str:
+def text_of(model: nn.Module, tokenizer: Tokenizer, n_tokens: int) -> str:
     """Text that the model writes, so that it suits the vocabulary."""
     start = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     ids = generate(model, start, max_new_tokens=n_tokens, seed=0)[0].tolist()

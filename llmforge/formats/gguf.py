@@ -9,35 +9,45 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter
 from torch import Tensor
 
-from llmforge.errors import CheckpointError
+from llmforge.errors import CheckpointError, ConvertError
 from llmforge.formats.atomic import atomic_file
 from llmforge.formats.lazy import LazyTensor, map_tensor
+from llmforge.quant.ggml import FLOATS, block_shape, can_decode, decode, encode
 
 ALIGNMENT = 32  # bytes; another one needs general.alignment, and older readers ignore that
 MAX_ENTRIES = 65_536  # tensors, or metadata keys: many times what the largest published files have
 MAX_ITEMS = 1 << 24  # of an array; vocabularies have some hundred thousand
 _CHUNK = 1 << 22  # values that are encoded or decoded at a time
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+ValueType = tuple[GGUFValueType, GGUFValueType | None]  # of a metadata value; of an array's items
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor to write, of any float type."""
+    """A tensor to write: weights of any float type, or (uint8) rows of bytes that are in the type already."""
 
     name: str
-    type_name: str  # "F32", "F16", "BF16", "Q8_0"
+    type_name: str  # "F32", "Q8_0", "Q4_K" ...
     tensor: LazyTensor
+    importance: Tensor | None = None  # (n), of the columns; see `quant.ggml.encode`
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weights."""
+        *rows, n = self.tensor.shape
+        block, block_bytes = block_shape(self.type_name)
+        return (*rows, n // block_bytes * block) if self.tensor.dtype == torch.uint8 else self.tensor.shape
 
 
 @dataclass(frozen=True)
@@ -57,50 +67,72 @@ class GGUFHeader:
 
     metadata: dict[str, Any]
     tensors: list[GGUFTensorInfo]
+    types: dict[str, ValueType] = field(default_factory=dict)  # of the metadata
 
 
 def write_gguf(
-    path: str | os.PathLike[str], arch: str, metadata: Mapping[str, Any], tensors: Iterable[GGUFTensor]
+    path: str | os.PathLike[str],
+    arch: str,
+    metadata: Mapping[str, Any],
+    tensors: Iterable[GGUFTensor],
+    *,
+    types: Mapping[str, ValueType] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a GGUF file; it appears under its name when it is complete.
 
     Args:
         arch: general.architecture.
         metadata: an int is written as u32, a float as f32, a list of ints as i32: the types that llama.cpp insists on.
-        tensors: names are unique and have at most 63 bytes; rows of a Q8_0 tensor are multiples of 32.
+        tensors: names are unique and have at most 63 bytes; rows are multiples of their type's block.
+        types: of metadata that is written as another type.
+        progress: called with the number of weights that are written, and of all.
+    Raises:
+        ConvertError: a value that a tensor's type cannot hold, with the tensor's name.
+        WriteError: the file cannot be written.
     Memory: the largest tensor as it is read; what is encoded is written some megabytes at a time.
     """
-    tensors = list(tensors)
+    tensors, types = list(tensors), types or {}
     with atomic_file(path) as tmp:
         writer = GGUFWriter(tmp, arch)
         for key, value in metadata.items():
-            writer.add_key_value(key, value, _value_type(value))
+            value_type, item_type = types[key] if key in types else (_value_type(value), None)
+            writer.add_key_value(key, _encoded(value), value_type, item_type)
         for tensor in tensors:
-            kind, shape = GGMLQuantizationType[tensor.type_name], tensor.tensor.shape
+            kind, shape = GGMLQuantizationType[tensor.type_name], tensor.shape
             writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), _nbytes(shape, kind), kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
+        done, total = 0, sum(math.prod(tensor.shape) for tensor in tensors)
         # Not writer.write_tensor_data: numpy's tofile does not say why it fails (full disk, size limit).
         with tmp.open("ab") as out:
             for tensor in tensors:
                 out.write(b"\0" * (-out.tell() % ALIGNMENT))
-                values = tensor.tensor.read()
-                rows = values.reshape(-1, values.shape[-1])
-                step = max(1, _CHUNK // values.shape[-1])
-                for start in range(0, len(rows), step):
-                    out.write(encode(rows[start : start + step], tensor.type_name).data)
-                del values, rows  # before the next one is read
+                block, block_bytes = block_shape(tensor.type_name)
+                for piece in _pieces(tensor):
+                    out.write(piece.cpu().numpy().data)
+                    done += piece.numel() // block_bytes * block
+                    if progress is not None:
+                        progress(done, total)
             out.write(b"\0" * (-out.tell() % ALIGNMENT))
 
 
-def encode(values: Tensor, type_name: str) -> np.ndarray:
-    """Float values (..., n) as the bytes of a ggml type; see `write_gguf` for what fits."""
-    values = values.detach().cpu()
-    if type_name in _FLOATS:  # to the nearest, ties to even, as ggml rounds
-        return values.to(_FLOATS[type_name]).contiguous().view(torch.uint8).numpy()
-    return np.ascontiguousarray(quants.quantize(values.float().numpy(), GGMLQuantizationType[type_name]))
+def _pieces(tensor: GGUFTensor) -> Iterable[Tensor]:
+    """The bytes of a tensor, some rows at a time."""
+    values = tensor.tensor.read()
+    rows = values.reshape(-1, values.shape[-1])
+    step = max(1, _CHUNK // max(1, values.shape[-1]))
+    for start in range(0, len(rows), step):
+        piece = rows[start : start + step]
+        if piece.dtype == torch.uint8:
+            yield piece.contiguous()
+            continue
+        try:
+            yield encode(piece.detach(), tensor.type_name, importance=tensor.importance)
+        except ConvertError as error:
+            raise ConvertError(f"{tensor.name}: {error}") from error
 
 
 def read_gguf_tensors(path: str | os.PathLike[str], header: "GGUFHeader") -> dict[str, LazyTensor]:
@@ -112,49 +144,46 @@ def read_gguf_tensors(path: str | os.PathLike[str], header: "GGUFHeader") -> dic
     return {info.name: _lazy(Path(path), info) for info in header.tensors}
 
 
+def read_gguf_bytes(path: str | os.PathLike[str], info: GGUFTensorInfo) -> LazyTensor:
+    """A tensor of a file as it lies there: (.., bytes of a row) uint8."""
+    block, block_bytes = block_shape(info.type_name)
+    shape = (*info.shape[:-1], info.shape[-1] // block * block_bytes)
+    return LazyTensor(shape, torch.uint8, lambda: map_tensor(Path(path), torch.uint8, shape, info.offset))
+
+
 def _lazy(path: Path, info: GGUFTensorInfo) -> LazyTensor:
-    if info.type_name not in _FLOATS and not _can_be_decoded(info.type_name):
+    if not can_decode(info.type_name):
         raise CheckpointError(
             f"{path} has the tensor {info.name!r} in {info.type_name}, which cannot be decoded; take a file of another type"
         )
-    return LazyTensor(info.shape, _FLOATS.get(info.type_name, torch.float32), lambda: _decoded(path, info))
-
-
-@cache
-def _can_be_decoded(type_name: str) -> bool:
-    kind = GGMLQuantizationType[type_name]
-    try:
-        quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
-        return False
-    return True
+    return LazyTensor(info.shape, FLOATS.get(info.type_name, torch.float32), lambda: _decoded(path, info))
 
 
 def _decoded(path: Path, info: GGUFTensorInfo) -> Tensor:
-    if info.type_name in _FLOATS:
-        return map_tensor(path, _FLOATS[info.type_name], info.shape, info.offset)
+    if info.type_name in FLOATS:
+        return map_tensor(path, FLOATS[info.type_name], info.shape, info.offset)
     if 0 in info.shape:
         return torch.empty(info.shape)
-    kind = GGMLQuantizationType[info.type_name]
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    data = map_tensor(path, torch.uint8, (info.nbytes,), info.offset).numpy()
-    rows = data.reshape(-1, info.shape[-1] // block * block_bytes)
+    data = read_gguf_bytes(path, info).read()
+    rows = data.view(-1, data.shape[-1])
     values = torch.empty(len(rows), info.shape[-1])
     step = max(1, _CHUNK // info.shape[-1])
     for start in range(0, len(rows), step):
-        values[start : start + step] = torch.from_numpy(quants.dequantize(rows[start : start + step], kind))
+        values[start : start + step] = decode(rows[start : start + step], info.type_name)
     return values.view(info.shape)
 
 
-def read_gguf_header(path: str | os.PathLike[str]) -> GGUFHeader:
+def read_gguf_header(path: str | os.PathLike[str], *, exact_text: bool = False) -> GGUFHeader:
     """Read metadata and the list of tensors.
 
+    Args:
+        exact_text: keep bytes that are not UTF-8 (as lone surrogates), to write them again; otherwise they become U+FFFD.
     Raises:
         CheckpointError: not a GGUF file, or one that is cut off or damaged, with the byte position.
     """
     try:
         with Path(path).open("rb") as stream:
-            return _HeaderReader(stream, Path(path)).read()
+            return _HeaderReader(stream, Path(path), "surrogateescape" if exact_text else "replace").read()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -162,8 +191,8 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GGUFHeader:
 class _HeaderReader:
     """Reads front to back; no count or length is believed that the rest of the file could not hold."""
 
-    def __init__(self, stream: BinaryIO, path: Path) -> None:
-        self.stream, self.path = stream, path
+    def __init__(self, stream: BinaryIO, path: Path, text_errors: str) -> None:
+        self.stream, self.path, self.text_errors = stream, path, text_errors
         self.size = os.fstat(stream.fileno()).st_size
 
     def read(self) -> GGUFHeader:
@@ -176,11 +205,12 @@ class _HeaderReader:
         if max(n_tensors, n_keys) > MAX_ENTRIES:
             raise self.damaged(f"{n_tensors:,} tensors and {n_keys:,} keys; at most {MAX_ENTRIES:,} are allowed")
         metadata: dict[str, Any] = {}
+        types: dict[str, ValueType] = {}
         for _ in range(n_keys):
             key = self.text()
             if key in metadata:
                 raise self.damaged(f"the key {key!r} occurs twice")
-            metadata[key] = self.value(self.number("I"))
+            metadata[key], types[key] = self.value(self.number("I"))
         infos = [self.tensor_info() for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
@@ -204,7 +234,7 @@ class _HeaderReader:
             end, before = max(end, tensor.offset + tensor.nbytes), tensor.name
         if len({tensor.name for tensor in tensors}) < len(tensors):
             raise self.damaged("two tensors have the same name")
-        return GGUFHeader(metadata, tensors)
+        return GGUFHeader(metadata, tensors, types)
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name, n_dims = self.text(), self.number("I")
@@ -222,29 +252,31 @@ class _HeaderReader:
             raise self.damaged(f"rows of {shape[-1]} do not fit {kind.name} blocks in the tensor {name!r}")
         return name, shape, kind, offset
 
-    def value(self, type_number: int) -> Any:
+    def value(self, type_number: int) -> tuple[Any, ValueType]:
         if type_number == GGUFValueType.STRING:
-            return self.text()
+            return self.text(), (GGUFValueType.STRING, None)
         if type_number in _NUMBERS:
-            return self.number(_NUMBERS[type_number])
+            return self.number(_NUMBERS[type_number]), (GGUFValueType(type_number), None)
         if type_number != GGUFValueType.ARRAY:
             raise self.damaged(f"unknown value type {type_number}")
         item_type, count = self.number("I"), self.number("Q")
         if count > MAX_ITEMS:
             raise self.damaged(f"an array of {count:,} items; at most {MAX_ITEMS:,} are allowed")
+        if item_type != GGUFValueType.STRING and item_type not in _NUMBERS:
+            raise self.damaged(f"unknown type {item_type} of an array's items")
+        value_type = (GGUFValueType.ARRAY, GGUFValueType(item_type))
         if item_type == GGUFValueType.STRING:
             self.announce(8 * count, "an array")  # each string has its length at least
-            return [self.text() for _ in range(count)]
-        if item_type not in _NUMBERS:
-            raise self.damaged(f"unknown type {item_type} of an array's items")
+            return [self.text() for _ in range(count)], value_type
         layout = _NUMBERS[item_type]
-        return np.frombuffer(self.take(count * struct.calcsize(layout), "an array"), dtype=f"<{layout}").tolist()
+        data = self.take(count * struct.calcsize(layout), "an array")
+        return np.frombuffer(data, dtype=f"<{layout}").tolist(), value_type
 
     def number(self, layout: str) -> Any:
         return struct.unpack(f"<{layout}", self.take(struct.calcsize(f"<{layout}"), "a number"))[0]
 
     def text(self) -> str:
-        return self.take(self.number("Q"), "a text").decode("utf-8", errors="replace")
+        return self.take(self.number("Q"), "a text").decode("utf-8", errors=self.text_errors)
 
     def take(self, count: int, what: str) -> bytes:
         self.announce(count, what)
@@ -281,6 +313,13 @@ def _value_type(value: object) -> GGUFValueType:
     kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
     kinds |= {str: GGUFValueType.STRING, list: GGUFValueType.ARRAY}
     return kinds[type(value)]
+
+
+def _encoded(value: Any) -> Any:
+    """Texts with bytes that are not UTF-8 as they were read."""
+    if isinstance(value, list):
+        return [_encoded(item) for item in value] if value and isinstance(value[0], str) else value
+    return value.encode("utf-8", errors="surrogateescape") if isinstance(value, str) else value
 
 
 def _nbytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:

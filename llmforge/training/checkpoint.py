@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from llmforge.config import Config, read_json_object
-from llmforge.errors import CheckpointError, ConfigError
+from llmforge.errors import CheckpointError, ConfigError, some
 from llmforge.formats.atomic import atomic_folder
 from llmforge.formats.lazy import LazyTensor
 from llmforge.formats.safetensors import read_safetensors, write_safetensors
@@ -136,7 +136,7 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
     ]
     if missing or unexpected or reshaped:
         parts = [("missing", missing), ("not in this model", unexpected), ("of another shape", reshaped)]
-        found = "; ".join(f"{what}: {_some(names)}" for what, names in parts if names)
+        found = "; ".join(f"{what}: {some(names)}" for what, names in parts if names)
         raise CheckpointError(f"{folder} does not fit this model: {found}; build the model from its config.json")
     with torch.no_grad():
         for name, tensor in own.items():
@@ -170,7 +170,7 @@ def find_checkpoint(run: str | os.PathLike[str], which: str = "latest") -> Path:
         folders = [folder for _, folder in sorted(scored, key=lambda item: item[0], reverse=True)]
     elif which != "latest":
         if run / which not in folders:
-            raise CheckpointError(f"no checkpoint {which!r} in {run}; there are {_some([f.name for f in folders])}")
+            raise CheckpointError(f"no checkpoint {which!r} in {run}; there are {some([f.name for f in folders])}")
         verify_manifest(run / which)
         return run / which
     damages = []
@@ -242,7 +242,3 @@ def _sha256(stream: Any) -> str:
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
