@@ -14,7 +14,6 @@ Needs llama-cpp-python. Everything is deleted at the end.
 
 import argparse
 import ctypes
-import glob
 import json
 import os
 import shutil
@@ -56,7 +55,8 @@ import llama_cpp
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 before = peak()
-llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
+silent = llama_cpp.llama_log_callback(lambda *_: None)
+llama_cpp.llama_log_set(silent, None)
 params = llama_cpp.llama_model_quantize_default_params()
 params.ftype, params.nthread = {"Q4_K_M": 15, "Q8_0": 7, "Q6_K": 18}[sys.argv[3]], int(sys.argv[4])
 start = time.perf_counter()
@@ -127,8 +127,10 @@ def measure_types(rows: int, repeat: int) -> dict[str, dict[str, float]]:
 
 def ggml(weights: torch.Tensor, name: str, importance: torch.Tensor | None, n_threads: int) -> torch.Tensor:
     """ggml's own function, rows shared among threads as llama_model_quantize does."""
-    [file] = glob.glob(str(Path(llama_cpp.__file__).parent / "lib" / "*ggml-base.*[so|dylib|dll]"))[:1]
-    function = ctypes.CDLL(file).ggml_quantize_chunk
+    file = next(
+        f for f in Path(llama_cpp.__file__).parent.glob("lib/*ggml-base.*") if f.suffix in (".so", ".dylib", ".dll")
+    )
+    function = ctypes.CDLL(str(file)).ggml_quantize_chunk
     function.restype = ctypes.c_size_t
     function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     block, block_bytes = block_shape(name)

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llmforge as lf
-from llmforge.convert.quantize_aware import quantize_aware_
 
 
 def main() -> None:
@@ -88,7 +87,7 @@ def main() -> None:
     for file_type in args.file_types:
         export_before, export_after = losses(rounded(start, file_type)), losses(rounded(longer, file_type))
         model = copy.deepcopy(start)
-        types = quantize_aware_(model, file_type)
+        types = lf.quantize_aware_(model, file_type)
         seconds = trained(model)
         in_training = losses(model)
         with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +117,7 @@ def main() -> None:
 def rounded(model: nn.Module, file_type: str) -> nn.Module:
     """The model as its file of that type has it, without training."""
     model = copy.deepcopy(model)
-    quantize_aware_(model, file_type)
+    lf.quantize_aware_(model, file_type)
     return model
 
 

@@ -135,3 +135,29 @@ def test_streaming_benchmark(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "stream-llama-15m.json").read_text(encoding="utf-8"))
     assert set(result["results"]) == {"copy", "meta", "gguf", "hf", "load"}
     assert not (tmp_path / "stream").exists()
+
+
+def test_quantization_benchmarks(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMFORGE_BENCHMARK_RESULTS", str(tmp_path))
+    arguments = ["--out", tmp_path / "quantize", "--preset", "llama-15m", "--repeat", 1, "--rows", 32]
+    run(ROOT / "benchmarks" / "quantize.py", *arguments, cwd=tmp_path)
+    [result] = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("quantize*.json")]
+    assert all(found["bytes_equal"] for found in result["types"].values())
+    for found in result["files"].values():
+        same, tensors = found["tensors_equal"].split(" of ")
+        assert same == tensors
+    assert not (tmp_path / "quantize").exists()
+
+
+def test_quantization_script_and_quality_benchmark(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMFORGE_BENCHMARK_RESULTS", str(tmp_path))
+    arguments = ["--tokenizer", "bpe", "--vocab-size", 300, "--steps", 3, "--set", "device=cpu", "--out", "runs/q"]
+    sizes = ["--set", "n_embd=256", "--set", "n_layer=1", "--set", "n_head=4", "--set", "block_size=32"]
+    run("-m", "llmforge", "train", text, "--preset", "char-gpt-cpu", *arguments, *sizes, cwd=tmp_path)
+    out = run(EXAMPLES / "quantize.py", "runs/q", text, "--types", "Q4_K_M", "--max-tokens", 200, cwd=tmp_path)
+    assert out.count("file in llama.cpp") == 2
+    assert (tmp_path / "quantized" / "imatrix.gguf").is_file()
+    few = ["--max-tokens", 100, "--calibration-tokens", 200, "--types", "Q8_0", "Q2_K"]
+    run(ROOT / "benchmarks" / "quantization_quality.py", "runs/q", text, *few, cwd=tmp_path)
+    result = json.loads((tmp_path / "quantization-quality.json").read_text(encoding="utf-8"))
+    assert list(result["types"]) == ["Q8_0", "Q2_K", "Q2_K with importance"]

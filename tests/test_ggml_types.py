@@ -373,12 +373,12 @@ def numbers(largest: float, *, least: float | None = None):
 
 
 @st.composite
-def sub_blocks(draw, widths=(16, 32), least=None):
+def sub_blocks(draw, widths=(16, 32)):
     """x (N, n) and weights (N, n), 0 or more."""
     N, n = draw(st.integers(1, 3)), draw(st.sampled_from(widths))
     weights = draw(arrays(np.float32, (N, n), elements=numbers(2.0**20, least=0.0)))
     if draw(st.booleans()):
-        return draw(arrays(np.float32, (N, n), elements=numbers(2.0**20, least=least))), weights
+        return draw(arrays(np.float32, (N, n), elements=numbers(2.0**20))), weights
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     x = rng.standard_normal((N, n)) * 10.0 ** draw(st.integers(-16, 4))
     if draw(st.booleans()):
@@ -449,10 +449,10 @@ def test_the_nonlinear_search_is_the_one_that_can_be_read(drawn):
 
 
 @pytest.mark.parametrize("top", [15, 63])
-@given(drawn=sub_blocks(widths=(8, 16), least=0.0))
+@given(drawn=sub_blocks(widths=(8, 16)))
 @FEW
 def test_the_positive_search_is_the_one_that_can_be_read(top, drawn):
-    x, weights = np.abs(drawn[0]), drawn[1]
+    x, weights = drawn  # a scale below 0 is rare, but ggml has its bytes for it
     factors = [
         np.float32(top),
         *(np.float32(0.1) * np.float32(i) + np.float32(top) for i in (-4, -3, -2, -1, 1, 2, 3, 4)),
@@ -502,6 +502,12 @@ def test_nearest_value_is_the_nearest_and_of_two_the_higher(v):
     assert sum(v >= np.float32(threshold) for threshold in compiled._thresholds(values)) == want
 
 
+def test_of_two_values_equally_near_every_form_takes_the_higher():
+    values = np.array(Nonlinear.VALUES, np.float32)
+    x = -np.array([[127, *(values[:-1] + values[1:]) / 2]], np.float32)  # times -1, these lie between two
+    assert_all_forms_agree("nonlinear", x, np.ones_like(x), values=Nonlinear.VALUES, factors=())
+
+
 def test_the_compiled_searches_take_any_number_of_sub_blocks():
     """More or fewer than the lanes of a vector, and than a thread takes at a time."""
     _, kernels = fast_forms()
@@ -539,12 +545,12 @@ def _other_kernels():
 
 def assert_the_same_bytes(monkeypatch) -> None:
     monkeypatch.setattr(ggml_types, "COMPILE_FROM", 0)
-    values, names = weights_of_every_kind()
+    values, names = (of[::3] for of in weights_of_every_kind())
     for type_name in TYPES:
         for with_importance in (False, True):
             importance = importance_of_every_kind() if with_importance else None
             ours = encode(values, type_name, importance=importance)
-            assert_blocks_of_ggml(ours, bytes_of_ggml(type_name, with_importance), type_name, names)
+            assert_blocks_of_ggml(ours, bytes_of_ggml(type_name, with_importance)[::3], type_name, names)
 
 
 @pytest.mark.usefixtures("_other_kernels")

@@ -184,7 +184,13 @@ def test_of_different_matrices_only_those_that_fit_are_added():
 def read_by(monkeypatch, model, data, **options) -> tuple[list[list[list[int]]], Importance]:
     """The batches that a model is given."""
     batches, features = [], model.features
-    monkeypatch.setattr(model, "features", lambda idx: (batches.append(idx.tolist()), features(idx))[1])
+
+    def read(idx):
+        assert not torch.is_grad_enabled()  # activations of all layers would stay in memory
+        batches.append(idx.tolist())
+        return features(idx)
+
+    monkeypatch.setattr(model, "features", read)
     return batches, collect_imatrix(model, data, **options)
 
 
@@ -342,6 +348,7 @@ def test_the_model_is_as_it_was_also_after_an_error(monkeypatch, fails):
             DataError,
             f"the data has id 99, the model only 0 to {CHARS.vocab_size - 1}; take the tokenizer",
         ),
+        ([CHARS.vocab_size] * 64, {}, DataError, f"the data has id {CHARS.vocab_size}, the model only 0 to"),
         ([-1] * 64, {}, DataError, "the data has id -1, the model only 0 to"),
         (IDS, {"bos_token_id": 1000}, DataError, "the data has id 1000, the model only 0 to"),
         (
@@ -383,6 +390,11 @@ def test_the_importance_of_another_model_is_refused(tmp_path, other):
     with pytest.raises(ConvertError, match="it was collected from another model"):
         export_gguf(toy(), CHARS, tmp_path / "x.gguf", file_type="Q4_0", importance=importance)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_importance_of_nothing_in_the_model_is_refused():
+    with pytest.raises(ConvertError, match="the importance is of a, b, c and 1 more, and the model has none of them"):
+        Importance({name: torch.ones(2) for name in "dcba"}, dict.fromkeys("abcd", 1)).fitting({"e": (2, 2)})
 
 
 # --- Files
@@ -458,7 +470,7 @@ def file_of(path, tensors, **metadata):
         if add is not None:
             add(key, value)
     for name, values in tensors.items():
-        writer.add_tensor(name, np.asarray(values, dtype=np.float16 if name.startswith("half") else np.float32))
+        writer.add_tensor(name, values if isinstance(values, np.ndarray) else np.array(values, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -511,7 +523,18 @@ UNFIT_FILES = {
         CheckpointError,
         "the count of a must be finite, and 0 or more",
     ),
-    "half": ({"half.in_sum2": [1.0], "half.counts": [1.0]}, {}, CheckpointError, "sums and counts of half must be F32"),
+    "half sums": (
+        {**GOOD, "b.in_sum2": np.ones(1, np.float16), "b.counts": [1.0]},
+        {},
+        CheckpointError,
+        "counts of b must be F32",
+    ),
+    "half counts": (
+        {**GOOD, "b.counts": np.ones(1, np.float16), "b.in_sum2": [1.0]},
+        {},
+        CheckpointError,
+        "counts of b must be F32",
+    ),
     "experts": (
         {"a.in_sum2": [[1.0, 2.0], [3.0, 4.0]], "a.counts": [[1.0], [2.0]]},
         {},

@@ -67,8 +67,8 @@ def text_ids(count: int = 64) -> torch.Tensor:
     return torch.tensor([BPE.encode(TEXT)[:count]])
 
 
-def kl_of(path, model, tokenizer=BPE) -> float:
-    return verify_gguf(path, model, tokenizer, text=TEXT, max_tokens=256, greedy_tokens=8).kl_mean
+def verified(path, model):
+    return verify_gguf(path, model, BPE, text=TEXT, max_tokens=256, greedy_tokens=8)
 
 
 # --- The law: the matrices of the forward pass are those of the file
@@ -157,11 +157,14 @@ def test_llama_cpp_computes_what_was_trained(tmp_path, case, file_type):
     export_gguf(model, BPE, tmp_path / "x.gguf", file_type=file_type)
     decoded, _ = load(tmp_path / "x.gguf")
     export_gguf(decoded, BPE, tmp_path / "f32.gguf", file_type="F32")  # the file's weights as they are
-    assert kl_of(tmp_path / "f32.gguf", model) < (1e-6 if case == "gpt" else 1e-9)  # GELU through a float16 table
-    # With quantized weights llama.cpp rounds what enters each matrix to 8 bits as well: that is left, and a Q8_0 file has as much.
-    trained, untrained = kl_of(tmp_path / "x.gguf", model), kl_of(tmp_path / "x.gguf", plain)
-    assert trained < 1e-3
-    assert untrained > 20 * trained
+    # GELU goes through a float16 table there.
+    assert verified(tmp_path / "f32.gguf", model).kl_mean < (1e-6 if case == "gpt" else 1e-9)
+    # With quantized weights llama.cpp rounds what enters each matrix to 8 bits as well, and that is all that is left.
+    report, before = verified(tmp_path / "x.gguf", model), verified(tmp_path / "x.gguf", plain)
+    assert report.passed
+    assert abs(report.kl_of_rounding) < 1e-12
+    assert report.kl_mean < 1e-3
+    assert before.kl_of_rounding > 20 * report.kl_mean
 
 
 # --- Gradients
@@ -290,13 +293,17 @@ def test_every_way_to_change_a_weight_is_seen(write):
     assert torch.equal(model[0].rounded_weight(), round_to(new, "Q4_0"))
 
 
-def test_rows_in_another_order_are_seen():
+@pytest.mark.parametrize("in_place", [True, False])
+def test_rows_in_another_order_are_seen(in_place):
     layer = nn.Linear(32, 4)
     round_weights_(layer, {"weight": "Q4_0"})
     layer.rounded_weight()
-    order = torch.tensor([3, 0, 1, 2])
-    layer.weight.data = layer.weight.data[order]
-    assert torch.equal(layer.rounded_weight(), round_to(layer.weight, "Q4_0"))
+    reordered = layer.weight.detach()[torch.tensor([3, 0, 1, 2])]
+    if in_place:
+        layer.weight.detach().copy_(reordered)
+    else:
+        layer.weight.data = reordered
+    assert torch.equal(layer.rounded_weight(), round_to(reordered, "Q4_0"))
 
 
 @pytest.mark.parametrize("shape", [(3, 33), (4, 32)])
@@ -480,6 +487,8 @@ def test_a_compiled_model_follows_the_weights():
     float_weights_(model)
     float_weights_(plain)
     torch.testing.assert_close(model(idx), plain(idx))
+    wrapped = torch.compile(toy())
+    assert "lm_head.weight" in quantize_aware_(wrapped, "Q4_0")
 
 
 # --- Undo, again, errors

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
+from llmforge.cli.bar import Bar
 from llmforge.cli.model import add_model_arguments, find_tokenizer, load_model
 from llmforge.cli.program import program
-from llmforge.cli.types import Bar, add_type_arguments, type_options
+from llmforge.cli.types import add_type_arguments, type_options
 from llmforge.errors import ConfigError
 
 HELP = "write a GGUF file or a Hugging Face folder"
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         report = export_hf(model, tokenizer, args.hf, dtype=dtype, overwrite=args.overwrite)
         print(f"wrote {args.hf} (Hugging Face, {report.file_type})")
     if args.gguf is not None:
-        report = export_gguf(model, tokenizer, args.gguf, progress=Bar(), **type_options(args))
+        report = export_gguf(model, tokenizer, args.gguf, progress=Bar("weights"), **type_options(args))
         for note in report.notes:
             print(f"note: {note}")
         print(f"wrote {args.gguf} ({report.file_type}, {Path(args.gguf).stat().st_size / 1e6:.1f} MB)")

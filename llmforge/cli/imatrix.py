@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import replace
 
+from llmforge.cli.bar import Bar
 from llmforge.cli.model import add_device_arguments, add_model_arguments, load_model
 from llmforge.cli.program import program
 
@@ -35,28 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from llmforge.convert.imatrix import collect_imatrix, write_imatrix
     from llmforge.data import TokenDataset
 
     model, tokenizer = load_model(args, device=args.device)
     data = TokenDataset.from_text_file(args.text, tokenizer)
-    with tqdm(unit=" tokens", unit_scale=True, leave=False, disable=None) as bar:  # on a terminal only
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        importance = collect_imatrix(
-            model,
-            data,
-            chunk_tokens=args.chunk_tokens,
-            max_chunks=args.max_chunks,
-            bos_token_id=tokenizer.bos_token_id if tokenizer.add_bos else None,
-            process_output=args.process_output,
-            progress=progress,
-        )
+    importance = collect_imatrix(
+        model,
+        data,
+        chunk_tokens=args.chunk_tokens,
+        max_chunks=args.max_chunks,
+        bos_token_id=tokenizer.bos_token_id if tokenizer.add_bos else None,
+        process_output=args.process_output,
+        progress=Bar("tokens"),
+    )
     write_imatrix(args.out, replace(importance, datasets=[args.text]))
     n_tokens = max(importance.counts.values())
     print(

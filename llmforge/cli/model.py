@@ -45,7 +45,7 @@ def load_model(args: argparse.Namespace, *, device: str | None = "cpu") -> "tupl
     from llmforge.convert import load
     from llmforge.training import pick_device
 
-    dtype = getattr(torch, getattr(args, "dtype", "float32"))
+    dtype = getattr(torch, getattr(args, "dtype", None) or "float32")
     model, tokenizer = load(
         args.model, checkpoint=args.checkpoint, revision=args.revision, device=pick_device(device), dtype=dtype
     )

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from llmforge.cli.types import Bar, add_type_arguments, type_options
+from llmforge.cli.bar import Bar
+from llmforge.cli.types import add_type_arguments, type_options
 
 HELP = "write a GGUF file in another type"
 DESCRIPTION = """Quantize a GGUF file: the bytes that llama.cpp's quantize writes, without compiling it.
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from llmforge.convert import quantize_gguf
 
-    report = quantize_gguf(args.source, args.target, requantize=args.requantize, progress=Bar(), **type_options(args))
+    report = quantize_gguf(
+        args.source, args.target, requantize=args.requantize, progress=Bar("weights"), **type_options(args)
+    )
     for note in report.notes:
         print(f"note: {note}")
     before = Path(args.source).stat().st_size

@@ -1,4 +1,4 @@
-"""The arguments with which export and quantize choose types, and the bar that they show."""
+"""The arguments with which export and quantize choose types."""
 
 import argparse
 from typing import Any
@@ -40,19 +40,3 @@ def type_options(args: argparse.Namespace) -> dict[str, Any]:
         tensor_types[pattern] = type_name
     importance = read_imatrix(args.imatrix) if args.imatrix is not None else None
     return {"file_type": args.file_type, "tensor_types": tensor_types, "importance": importance}
-
-
-class Bar:
-    """Progress on standard error, where that is a terminal."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None:
-            self._bar = tqdm(total=total, unit=" weights", unit_scale=True, leave=False, disable=None)
-        self._bar.update(done - self._bar.n)
-        if done >= total:
-            self._bar.close()

@@ -135,7 +135,7 @@ def collect_imatrix(
     counts: dict[str, int] = {}
 
     def add(name: str, x: Tensor) -> None:
-        squares = x.detach().float().reshape(-1, x.shape[-1]).square().sum(0)  # (in_features)
+        squares = x.float().reshape(-1, x.shape[-1]).square().sum(0)  # (in_features)
         sums[name] = sums[name] + squares if name in sums else squares
         counts[name] = counts.get(name, 0) + x.shape[:-1].numel()
 

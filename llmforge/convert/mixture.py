@@ -104,7 +104,7 @@ def choose_types(
         tensor_types: pattern -> type: tensors whose name contains the regular expression get that type; the first that matches counts.
         has_importance: whether an importance matrix goes with it, which changes some choices.
     Raises:
-        ConvertError: an unknown type, a pattern that is none or fits no tensor, or a model that the rules are not known for.
+        ConvertError: an unknown type, one that needs an importance matrix, a pattern that is none or fits no tensor, or a model that the rules are not known for.
     """
     if file_type not in FILE_TYPES:
         raise ConvertError(f"file_type ({file_type!r}) must be one of {', '.join(FILE_TYPES)}")
@@ -129,6 +129,18 @@ def choose_types(
                 given = "F16"
             types[name] = given
             fallbacks.append(Fallback(name, shapes[name][-1], wanted, given))
+    if (
+        file_type == "Q2_K_S"
+        and not has_importance
+        and (
+            needy := [
+                name for name, given in types.items() if given == "Q2_K" and name not in (*_EMBEDDINGS, "output.weight")
+            ]
+        )
+    ):
+        raise ConvertError(
+            f"Q2_K_S needs an importance matrix, for {some(needy)}; pass one (--imatrix FILE), or take Q2_K"
+        )
     return Mixture(types, fallbacks)
 
 
@@ -148,8 +160,11 @@ class _Rules:
             raise ConvertError(
                 f"the mixtures of {arch} models with these parts are not known here; take F16, BF16 or Q8_0"
             )
-        self.group = n_head // max(1, n_head_kv)  # query heads per key/value head
-        self.is_70b = self.n_layer == 80 and (arch == "qwen2" or (arch == "llama" and n_head != n_head_kv))
+        self.group = n_head // n_head_kv if n_head_kv else 0  # query heads per key/value head
+        grouped_llama = arch == "llama" and n_head != n_head_kv
+        self.is_70b = (self.n_layer == 80 and (arch in ("qwen2", "deci", "olmo") or grouped_llama)) or (
+            self.n_layer == 68 and arch == "jais2"
+        )
         self.tied = "output.weight" not in shapes
         self.n_value = sum(_is_value(name) for name in shapes)
         self.values_seen = self.downs_seen = 0

@@ -85,7 +85,7 @@ class _Rounded(nn.Module):
     """What the layers below share."""
 
     rounding: Rounding
-    weight: nn.Parameter
+    weight: Tensor
 
     def rounded_weight(self) -> Tensor:
         """The matrix that the layer computes with; its gradient goes to the weight as it is."""
@@ -123,7 +123,7 @@ class RoundedEmbedding(_Rounded, nn.Embedding):
 
 
 _ROUNDED: dict[type[nn.Module], type[_Rounded]] = {nn.Linear: RoundedLinear, nn.Embedding: RoundedEmbedding}
-_FLOAT = {rounded: plain for plain, rounded in _ROUNDED.items()}
+_FLOAT: dict[type[nn.Module], type[nn.Module]] = {rounded: plain for plain, rounded in _ROUNDED.items()}
 
 
 def round_weights_(model: nn.Module, types: Mapping[str, str]) -> dict[str, str]:
@@ -174,13 +174,13 @@ def round_weights_(model: nn.Module, types: Mapping[str, str]) -> dict[str, str]
 
 
 def _can_round(module: nn.Module, weight: nn.Parameter) -> bool:
-    plain = _FLOAT.get(type(module), type(module))  # type: ignore[call-overload]
+    plain = _FLOAT.get(type(module), type(module))
     return plain in _ROUNDED and module.weight is weight and getattr(module, "max_norm", None) is None
 
 
 def rounded_weights(model: nn.Module) -> dict[str, str]:
     """The weights that a model's layers round, each shared one under its first name, and the types they round to."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     rounded = (module for module in model.modules() if isinstance(module, _Rounded))
     return {names[module.weight]: module.rounding.type_name for module in rounded}
 
@@ -194,6 +194,6 @@ def float_weights_(model: nn.Module) -> list[str]:
     names = list(rounded_weights(model))
     for module in model.modules():
         if isinstance(module, _Rounded):
-            module.__class__ = _FLOAT[type(module)]
+            module.__class__ = _FLOAT[type(module)]  # type: ignore[assignment]
             del module.rounding
     return names

@@ -27,7 +27,8 @@ ENCODABLE = ("F32", "F16", "BF16", *TYPES, *_BY_GGUF)
 # Largest magnitude that a type without search can hold: its scales and minima are float16. What a search finds is looked at
 # afterwards; beyond 1e9 no scale is small enough, and the search itself would overflow.
 _HALF_MAX = 65_504.0
-_LARGEST = {"F16": _HALF_MAX, "Q4_0": 8 * _HALF_MAX, "Q4_1": _HALF_MAX, "Q5_0": 16 * _HALF_MAX, "Q5_1": _HALF_MAX}
+_LARGEST = {name: torch.finfo(dtype).max for name, dtype in FLOATS.items()}
+_LARGEST |= {"Q4_0": 8 * _HALF_MAX, "Q4_1": _HALF_MAX, "Q5_0": 16 * _HALF_MAX, "Q5_1": _HALF_MAX}
 _LARGEST |= {"Q8_0": 127 * _HALF_MAX, "TQ1_0": _HALF_MAX, "TQ2_0": _HALF_MAX, "MXFP4": float("inf")}
 
 
@@ -51,17 +52,32 @@ def encode(values: Tensor, type_name: str, *, importance: Tensor | None = None) 
     Returns:
         (rows, bytes of a row) uint8, on the same device.
     Raises:
-        ConvertError: a value is not finite, or too large for the type.
+        ConvertError: a type that cannot be written, rows that its blocks do not divide, an importance that does not fit, or a
+            value that is not finite or too large for the type.
     """
-    if type_name in ("F32", "BF16", "F64"):
-        return values.to(FLOATS[type_name]).contiguous().view(torch.uint8)
-    return _in_pieces(lambda rows: _encode(rows.float().contiguous(), type_name, importance), values)
+    if type_name not in ENCODABLE:
+        raise ConvertError(f"type {type_name!r} cannot be written; it can be one of {', '.join(ENCODABLE)}")
+    if values.dim() != 2 or values.shape[1] % block_shape(type_name)[0]:
+        raise ConvertError(
+            f"weights of shape {tuple(values.shape)} cannot be {type_name}: they must be rows of a multiple of "
+            f"{block_shape(type_name)[0]} weights"
+        )
+    if importance is not None and (importance.shape != values.shape[1:] or not importance.isfinite().all()):
+        raise ConvertError(
+            f"the importance, of shape {tuple(importance.shape)}, must be a finite number for each of the {values.shape[1]} columns"
+        )
+    if not values.numel():
+        return values.new_empty(
+            len(values), values.shape[1] // block_shape(type_name)[0] * block_shape(type_name)[1]
+        ).byte()
+    return _in_pieces(lambda rows: _encode(rows, type_name, importance), values)
 
 
 def _encode(rows: Tensor, type_name: str, importance: Tensor | None) -> Tensor:
     _check(rows, type_name)
-    if type_name == "F16":
-        return rows.half().contiguous().view(torch.uint8)
+    if type_name in FLOATS:  # to the nearest, ties to even, as ggml rounds
+        return rows.to(FLOATS[type_name]).contiguous().view(torch.uint8)
+    rows = rows.float().contiguous()
     ours = TYPES.get(type_name)
     if ours is None:
         data = quants.quantize(rows.cpu().numpy(), GGMLQuantizationType[type_name])
@@ -81,6 +97,12 @@ def decode(data: Tensor, type_name: str) -> Tensor:
     if type_name in FLOATS:
         return data.contiguous().view(FLOATS[type_name])
     block_bytes = block_shape(type_name)[1]
+    if data.dim() != 2 or data.shape[1] % block_bytes:
+        raise ConvertError(
+            f"bytes of shape {tuple(data.shape)} are not {type_name}: they must be rows of a multiple of {block_bytes} bytes"
+        )
+    if not data.numel():
+        return torch.empty(len(data), data.shape[1] // block_bytes * block_shape(type_name)[0], device=data.device)
     if ours := TYPES.get(type_name):
         return _in_pieces(
             lambda rows: ours.values(ours.unpack(rows.reshape(-1, block_bytes))).view(len(rows), -1), data
@@ -96,7 +118,7 @@ def round_to(values: Tensor, type_name: str) -> Tensor:
         return values.to(FLOATS[type_name]).float()
     ours = TYPES.get(type_name)
     rows = values.detach().float().reshape(-1, values.shape[-1]).contiguous()
-    if ours is None:
+    if ours is None or rows.shape[1] % ours.block_size or not rows.numel():
         return decode(encode(rows, type_name), type_name).view(values.shape)
     return _in_pieces(lambda piece: ours.values(_parts(piece, type_name, None)).view(piece.shape), rows).view(
         values.shape
@@ -125,6 +147,7 @@ def _in_pieces(work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     n_threads = torch.get_num_threads()
     if rows.device.type != "cpu" or len(pieces) == 1:
         return work(rows)
+    search(pieces[0])  # compiles, if it does, once
     torch.set_num_threads(1)  # of this thread and of those that are made here
     try:
         with ThreadPoolExecutor(n_threads) as threads:
@@ -139,7 +162,9 @@ def _parts(rows: Tensor, type_name: str, importance: Tensor | None) -> Parts:
     blocks = rows.reshape(-1, ours.block_size)
     if importance is None:
         return ours.round(blocks, None, None)
-    important = importance.float().to(rows.device).view(1, -1).expand(len(rows), -1).contiguous().view(-1, ours.block_size)
+    important = (
+        importance.float().to(rows.device).view(1, -1).expand(len(rows), -1).contiguous().view(-1, ours.block_size)
+    )
     row_sigma2 = None
     if ours.block_size == 32:
         sigma2 = search(rows).sums(rows, squares=True) / torch.full_like(rows[:, 0], rows.shape[1])

@@ -16,6 +16,12 @@ static inline vf all(float value) { return (vf){0} + value; }
 static inline vf choose(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 static inline vf absolute_value(vf v) { return (vf)((vi)v & 0x7fffffff); }
 
+static inline int none(vi mask) {
+    int any = 0;
+    for (int k = 0; k < LANES; k++) any |= mask[k];
+    return !any;
+}
+
 /* Round half to even by adding 1.5 * 2^23, and read the integer from the mantissa: ggml's nearest_int, also where it overflows. */
 static inline vf nearest(vf v, int low, int high) {
     vi l = ((vi)(v + 12582912.f) & 0x007fffff) - 0x00400000;
@@ -224,6 +230,7 @@ void refined(const float *x, int64_t begin, int64_t end, int n, int half, int n_
             sum_l2 += w * l * l;
         }
         for (int pass = 0; pass < n_passes; pass++) {
+            vi any = {0};
             for (int i = 0; i < n; i++) {
                 vf w = xs[i] * xs[i];
                 vf xl = sum_xl - w * xs[i] * ls[i], l2 = sum_l2 - w * ls[i] * ls[i];
@@ -235,7 +242,9 @@ void refined(const float *x, int64_t begin, int64_t end, int n, int half, int n_
                 ls[i] = choose(wins, l, ls[i]);
                 sum_xl = choose(wins, xl, sum_xl);
                 sum_l2 = choose(wins, l2, sum_l2);
+                any |= wins;
             }
+            if (none(any)) break;
         }
         for (int i = 0; i < n; i++) ls[i] = choose(zero, all(0), ls[i] + (float)half);
         store_codes(codes_out, ls, at, end, n);
@@ -275,6 +284,7 @@ void positive(const float *x, const float *weights, int64_t begin, int64_t end, 
             ls[i] = wrapped(l);
         }
         for (int pass = 0; pass < n_passes; pass++) {
+            vi any = {0};
             for (int i = 0; i < n; i++) {
                 vf xl = sum_xl - ws[i] * xs[i] * ls[i], l2 = sum_l2 - ws[i] * ls[i] * ls[i];
                 vf l = nearest(xs[i] * l2 / xl, LOW, top);
@@ -285,7 +295,9 @@ void positive(const float *x, const float *weights, int64_t begin, int64_t end, 
                 ls[i] = choose(wins, wrapped(l), ls[i]);
                 sum_xl = choose(wins, xl, sum_xl);
                 sum_l2 = choose(wins, l2, sum_l2);
+                any |= wins;
             }
+            if (none(any)) break;
         }
         for (int i = 0; i < n; i++) ls[i] = choose(zero, all(0), ls[i]);
         store_codes(codes_out, ls, at, end, n);
