@@ -35,6 +35,8 @@ def test_train_export_and_verify_scripts(text, tmp_path):
     assert "going on from step 3" in run(*arguments, "--steps", 5, cwd=tmp_path)  # as its comment promises
     out = run(EXAMPLES / "export_and_verify.py", "runs/my-text", cwd=tmp_path)
     assert "transformers: token ids equal" in out
+    out = run(EXAMPLES / "quantization_aware.py", "runs/my-text", text, "--steps", 2, cwd=tmp_path)
+    assert "from quantization-aware-Q4_0.gguf" in out
 
 
 def test_your_own_model_script(text, tmp_path):

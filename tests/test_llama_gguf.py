@@ -371,7 +371,7 @@ def test_a_stretch_of_another_kind_is_refused(tmp_path):
     metadata = {key: value for key, value in header.metadata.items() if key != "general.architecture"}
     for wrong in (values["rope_freqs.weight"] * 2, torch.ones(4), torch.full((8,), torch.nan)):
         tensors = {**values, "rope_freqs.weight": wrong}
-        lazy = [GGUFTensor(name, "F32", LazyTensor.of(tensor)) for name, tensor in tensors.items()]
-        write_gguf(tmp_path / "y.gguf", "llama", metadata, lazy)
+        raw = {name: LazyTensor.of(tensor.contiguous().view(torch.uint8)) for name, tensor in tensors.items()}
+        write_gguf(tmp_path / "y.gguf", "llama", metadata, [GGUFTensor(name, "F32", t) for name, t in raw.items()])
         with pytest.raises(ConvertError, match=r"rope_freqs\.weight is not the stretch of Llama 3\.1"):
             load(tmp_path / "y.gguf")

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import llama_cpp
 import pytest
@@ -10,7 +11,7 @@ import torch
 from gguf import GGUFReader, GGUFValueType
 from toy import TEXT, toy_tokenizer
 
-from llmforge import export_gguf, load, quantization_report, quantize_gguf, verify_gguf
+from llmforge import collect_imatrix, export_gguf, load, quantization_report, quantize_gguf, verify_gguf
 from llmforge.cli.main import main
 from llmforge.cli.types import FILE_TYPES
 from llmforge.convert import mixture
@@ -195,6 +196,18 @@ def test_a_value_that_does_not_fit_names_its_tensor_and_leaves_no_file(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
 
 
+def test_matrices_without_importance_are_noted(tmp_path):
+    model = llama()
+    whole = collect_imatrix(model, CHARS.encode(TEXT)[:256], chunk_tokens=64)
+    part = replace(whole, sums={name: s for name, s in whole.sums.items() if name.startswith("blk.0.")})
+    for importance, count in ((whole, 0), (part, 7)):
+        report = export_gguf(model, CHARS, tmp_path / "m.gguf", file_type="Q4_K_M", importance=importance)
+        assert [
+            note for note in report.notes if f"{count} of 14 matrices are not in the importance" in note
+        ] == report.notes
+        assert len(report.notes) == (count > 0)
+
+
 # --- The report
 
 
@@ -281,9 +294,7 @@ def test_quantize_says_which_tensors_fell_back(tmp_path, capsys):
     assert main(["quantize", str(tmp_path / "in.gguf"), str(tmp_path / "out.gguf"), "--file-type", "Q4_K_M"]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert any("rows of 96 are Q5_0 instead of Q4_K, whose blocks have 256 weights; widths of 256" in n for n in notes)
-    assert any(note.endswith("blk.0.attn_qkv.weight, blk.0.ffn_up.weight, blk.1.ffn_up.weight") for note in notes), (
-        notes
-    )
+    assert any("would fit: blk.0.attn_output.weight, " in note for note in notes), notes
 
 
 def test_export_reports_what_the_type_costs(tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from toy import TEXT, same, toy_data, toy_model, toy_trainer, weights
 
-from llmforge.convert import export_gguf, export_hf, load
+from llmforge.convert import collect_imatrix, export_gguf, export_hf, load
 from llmforge.convert.quantize_aware import quantize_aware_
 from llmforge.deploy import verify_gguf
 from llmforge.errors import ConfigError, ConvertError
@@ -516,6 +516,20 @@ def test_another_file_type_replaces_the_first(tmp_path):
     assert set(rounded_weights(model).values()) == {"Q8_0"}
     assert quantize_aware_(model, "F32") == {}
     assert not any(isinstance(module, (RoundedLinear, RoundedEmbedding)) for module in model.modules())
+
+
+def test_a_file_that_is_rounded_otherwise_than_the_training_is_noted(tmp_path):
+    model, path = toy(), tmp_path / "m.gguf"
+    assert not any("trains with" in note for note in export_gguf(model, BPE, path, file_type="Q4_K_M").notes)
+    quantize_aware_(model, "Q4_K_M")
+    assert not any("trains with" in note for note in export_gguf(model, BPE, path, file_type="Q4_K_M").notes)
+    notes = export_gguf(model, BPE, path, file_type="Q8_0").notes
+    assert any(
+        "trains with rounded weights, but the file rounds with another type: model.layers.0" in n for n in notes
+    ), notes
+    importance = collect_imatrix(model, list(range(BPE.vocab_size)) * 2, chunk_tokens=32)
+    notes = export_gguf(model, BPE, path, file_type="Q4_K_M", importance=importance).notes
+    assert any("rounds with an importance matrix" in note for note in notes)
 
 
 def test_what_cannot_be_rounded_is_refused_and_nothing_changed():

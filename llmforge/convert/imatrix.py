@@ -25,6 +25,7 @@ from llmforge.errors import CheckpointError, ConfigError, ConvertError, DataErro
 from llmforge.formats.gguf import GGUFTensor, read_gguf_header, read_gguf_tensors, write_gguf
 from llmforge.formats.lazy import LazyTensor
 from llmforge.models import LanguageModel
+from llmforge.quant.ggml import FLOATS
 
 CHUNK_TOKENS = 512  # llama-imatrix's
 _BATCH_TOKENS = 2048  # in one forward pass; llama-imatrix's too
@@ -48,6 +49,14 @@ class Importance:
     counts: dict[str, int]  # tokens that went into each sum
     chunk_tokens: int = CHUNK_TOKENS  # the text was read in pieces of that many tokens
     datasets: list[str] = field(default_factory=list)  # names of the calibration texts
+
+    def notes(self, types: Mapping[str, str]) -> list[str]:
+        """Which matrices of a file (name -> type of ggml) are rounded without having been measured."""
+        rounded = [name for name, given in types.items() if given not in FLOATS and name.startswith("blk.")]
+        missing = [name for name in rounded if name not in self.sums]
+        if not missing:
+            return []
+        return [f"{len(missing)} of {len(rounded)} matrices are not in the importance matrix: {some(missing)}"]
 
     def fitting(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Mean squares (in_features) for those of a file's tensors (name -> shape) that were measured.

@@ -53,6 +53,7 @@ def quantize_gguf(
         file_type, header.metadata, shapes, tensor_types=tensor_types, has_importance=importance is not None
     )
     weights = importance.fitting(shapes) if importance is not None else {}
+    notes = importance.notes(mixture.types) if importance is not None else []
     values = read_gguf_tensors(source, header)
     tensors = []
     for info in header.tensors:
@@ -71,6 +72,6 @@ def quantize_gguf(
     metadata |= {"general.file_type": FILE_TYPES[file_type][0], "general.quantization_version": 2}
     types = {key: kind for key, kind in header.types.items() if key not in _REPLACED}
     write_gguf(path, arch, metadata, tensors, types=types, progress=progress)
-    notes = [f"empty metadata left out: {', '.join(empty)}"] if empty else []
+    notes += [f"empty metadata left out: {', '.join(empty)}"] if empty else []
     counted = Counter(tensor.type_name for tensor in tensors)
     return ExportReport(path, path.stat().st_size, file_type, counted, notes + mixture.notes())

@@ -15,8 +15,9 @@ from llmforge.convert.imatrix import Importance
 from llmforge.convert.load import source
 from llmforge.convert.mixture import FILE_TYPES, Mixture, choose_types
 from llmforge.convert.published import ExportReport, Published, prepare, publish
-from llmforge.errors import ConvertError
+from llmforge.errors import ConvertError, some
 from llmforge.formats.gguf import GGUFTensor, write_gguf
+from llmforge.nn.rounded import rounded_weights
 from llmforge.tokenizers import Tokenizer
 
 
@@ -78,13 +79,25 @@ def export_gguf(
         tensor_types=tensor_types,
         has_importance=importance is not None,
     )
+    notes += mixture.notes() + _not_as_trained(model_or_folder, family, mixture, importance)
     weights = importance.fitting(shapes) if importance is not None else {}
+    notes += importance.notes(mixture.types) if importance is not None else []
     described = [
         GGUFTensor(name, mixture.types.get(name, "F32"), tensor, weights.get(name)) for name, tensor in tensors.items()
     ]
     write_gguf(path, arch, metadata, described, progress=progress)
     types = Counter(tensor.type_name for tensor in described)
-    return ExportReport(path, path.stat().st_size, file_type, types, published.notes + notes + mixture.notes())
+    return ExportReport(path, path.stat().st_size, file_type, types, published.notes + notes)
+
+
+def _not_as_trained(model: object, family: Family, mixture: Mixture, importance: Importance | None) -> list[str]:
+    """Whether a model that trains with rounded weights is written with other ones."""
+    trained = rounded_weights(model) if isinstance(model, nn.Module) else {}
+    other = [name for name, given in trained.items() if mixture.types.get(family.gguf_name(name)) != given]
+    if trained and (other or importance is not None):
+        how = f"another type: {some(other)}" if other else "an importance matrix, and it did not train with one"
+        return [f"the model trains with rounded weights, but the file rounds with {how}"]
+    return []
 
 
 def gguf_metadata(family: Family, config: Any) -> dict[str, Any]:
