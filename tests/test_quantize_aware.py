@@ -524,9 +524,9 @@ def test_a_file_that_is_rounded_otherwise_than_the_training_is_noted(tmp_path):
     quantize_aware_(model, "Q4_K_M")
     assert not any("trains with" in note for note in export_gguf(model, BPE, path, file_type="Q4_K_M").notes)
     notes = export_gguf(model, BPE, path, file_type="Q8_0").notes
-    assert any(
-        "trains with rounded weights, but the file rounds with another type: model.embed" in n for n in notes
-    ), notes
+    assert any("trains with rounded weights, but the file rounds with another type: model.embed" in n for n in notes), (
+        notes
+    )
     importance = collect_imatrix(model, list(range(BPE.vocab_size)) * 2, chunk_tokens=32)
     notes = export_gguf(model, BPE, path, file_type="Q4_K_M", importance=importance).notes
     assert any("rounds with an importance matrix" in note for note in notes)
