@@ -103,7 +103,7 @@ def measure_types(rows: int, repeat: int) -> dict[str, dict[str, float]]:
         data = encode(weights, name)
         works["decode"] = (lambda name=name, data=data: decode(data, name), len(weights), 0)
         if torch.cuda.is_available():
-            on_gpu = weights.repeat(16, 1).cuda()
+            on_gpu = weights.repeat(4, 1).cuda()
             works["cuda"] = (
                 lambda name=name, on_gpu=on_gpu: (encode(on_gpu, name), torch.cuda.synchronize()),
                 len(on_gpu),

@@ -103,7 +103,7 @@ def test_best_needs_an_evaluation(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(n_layer=3), "missing: transformer.h.2.ln_1.weight, .* and 7 more"),
+        (dict(n_layer=3), "missing: transformer.h.2.ln_1.weight, .* and 9 more"),
         (dict(n_layer=1), "not in this model: transformer.h.1"),
         (dict(block_size=32), r"of another shape: transformer.wpe.weight \(16, 16\) instead of \(32, 16\)"),
     ],

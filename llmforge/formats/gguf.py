@@ -27,7 +27,8 @@ from llmforge.quant.ggml import FLOATS, block_shape, can_decode, decode, encode
 ALIGNMENT = 32  # bytes; another one needs general.alignment, and older readers ignore that
 MAX_ENTRIES = 65_536  # tensors, or metadata keys: many times what the largest published files have
 MAX_ITEMS = 1 << 24  # of an array; vocabularies have some hundred thousand
-_CHUNK = 1 << 22  # values that are encoded or decoded at a time
+_CHUNK = 1 << 22  # values that are encoded or decoded at a time; on a GPU more, or it has too little to do
+_CHUNK_CUDA = 1 << 25
 
 
 ValueType = tuple[GGUFValueType, GGUFValueType | None]  # of a metadata value; of an array's items
@@ -123,7 +124,7 @@ def _pieces(tensor: GGUFTensor) -> Iterable[Tensor]:
     """The bytes of a tensor, some rows at a time."""
     values = tensor.tensor.read()
     rows = values.reshape(-1, values.shape[-1])
-    step = max(1, _CHUNK // max(1, values.shape[-1]))
+    step = max(1, (_CHUNK_CUDA if values.is_cuda else _CHUNK) // max(1, values.shape[-1]))
     for start in range(0, len(rows), step):
         piece = rows[start : start + step]
         if piece.dtype == torch.uint8:

@@ -143,6 +143,8 @@ def _in_pieces(work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     Each piece is work for one thread, torch's operations too: threads that share every small operation would mostly wait for each
     other, above all on a machine that has other work.
     """
+    if rows.device.type not in ("cpu", "cuda"):  # roots are taken in float64, which MPS lacks
+        return _in_pieces(work, rows.cpu()).to(rows.device)
     pieces = torch.split(rows, max(1, _PIECE // max(1, rows.shape[1])))
     n_threads = torch.get_num_threads()
     if rows.device.type != "cpu" or len(pieces) == 1:

@@ -250,11 +250,26 @@ class KAffine(BlockType):
 
 
 @dataclass(frozen=True)
-class Q3K(BlockType):
-    """value = (d * scale) * (code - 4), scale -32..31."""
+class KSymmetric(BlockType):
+    """value = (d * scale) * (code - half), a scale for each 16 weights: Q3_K and Q6_K, which round and lie differently."""
 
-    block_bytes: int = 110
+    half: int
+    block_bytes: int
     block_size: int = 256
+
+    def values(self, parts: Parts) -> Tensor:
+        step = parts.d.float()[:, None] * parts.scales.float()
+        return (step[..., None] * (parts.codes.float().view(len(step), 16, 16) - self.half)).view(len(step), -1)
+
+    def _recoded(self, subs: Tensor, d: Tensor, scales: Tensor, codes: Tensor) -> Parts:
+        """subs and codes (16 N, 16), d (N), scales (N, 16): the codes for the scales as they are stored."""
+        step = (d.float()[:, None] * scales).view(-1)
+        codes = search(subs).recode(subs, step, torch.zeros_like(step), codes, low=-self.half, high=self.half - 1)
+        return Parts(codes.view(len(d), -1), d, scales=scales.to(torch.int8))
+
+
+class Q3K(KSymmetric):
+    """Scales -32..31."""
 
     def round(self, x: Tensor, importance: Tensor | None, row_sigma2: Tensor | None) -> Parts:
         del row_sigma2
@@ -273,13 +288,7 @@ class Q3K(BlockType):
             sub_weights = search(x).sums(weights).view(N, 16)
             d, stored = search(x).symmetric(scale.view(N, 16), sub_weights, half=32, factors=_around(32))
             d, scales = d.half(), stored.float() - 32
-        step = (d.float()[:, None] * scales).view(-1)
-        codes = search(x).recode(subs, step, torch.zeros_like(step), codes, low=-4, high=3)
-        return Parts(codes.view(N, -1), d, scales=scales.to(torch.int8))
-
-    def values(self, parts: Parts) -> Tensor:
-        step = parts.d.float()[:, None] * parts.scales.float()
-        return (step[..., None] * (parts.codes.float().view(len(step), 16, 16) - 4)).view(len(step), -1)
+        return self._recoded(subs, d, scales, codes)
 
     def pack(self, parts: Parts) -> Tensor:
         stored = (parts.scales.int() + 32).to(torch.uint8)
@@ -295,12 +304,8 @@ class Q3K(BlockType):
         return Parts(codes, _halves(data[:, 108:]), scales=(stored.int() - 32).to(torch.int8))
 
 
-@dataclass(frozen=True)
-class Q6K(BlockType):
-    """value = (d * scale) * (code - 32), scale -128..127."""
-
-    block_bytes: int = 210
-    block_size: int = 256
+class Q6K(KSymmetric):
+    """Scales -128..127."""
 
     def round(self, x: Tensor, importance: Tensor | None, row_sigma2: Tensor | None) -> Parts:
         del row_sigma2
@@ -313,13 +318,8 @@ class Q6K(BlockType):
         inverse = divide(-128, extreme)
         d = torch.where(zero, 0.0, divide(1, inverse)).half()
         scales = torch.where(zero[:, None], 0.0, nearest(inverse[:, None] * scale, None, None).clamp_(max=127))
-        step = (d.float()[:, None] * scales).view(-1)
-        codes = search(x).recode(subs, step, torch.zeros_like(step), codes, low=-32, high=31)
-        return Parts(codes.view(N, -1).masked_fill_(zero[:, None], 0), d, scales=scales.to(torch.int8))
-
-    def values(self, parts: Parts) -> Tensor:
-        step = parts.d.float()[:, None] * parts.scales.float()
-        return (step[..., None] * (parts.codes.float().view(len(step), 16, 16) - 32)).view(len(step), -1)
+        parts = self._recoded(subs, d, scales, codes)
+        return parts._replace(codes=parts.codes.masked_fill_(zero[:, None], 0))
 
     def pack(self, parts: Parts) -> Tensor:
         low, high = pack_planes(parts.codes & 15, 2, 64), pack_planes(parts.codes >> 4, 4, 32)
@@ -401,10 +401,10 @@ TYPES: dict[str, BlockType] = {
     "Q5_1": Affine(31, 24),
     "Q8_0": Symmetric(128, 34),
     "Q2_K": KAffine(sub=16, top=3, scale_top=15, grid=(-0.5, 0.1, 16), block_bytes=84),
-    "Q3_K": Q3K(),
+    "Q3_K": Q3K(half=4, block_bytes=110),
     "Q4_K": KAffine(sub=32, top=15, scale_top=63, grid=(-1, 0.1, 21), block_bytes=144),
     "Q5_K": KAffine(sub=32, top=31, scale_top=63, grid=(-0.5, 0.1, 16), block_bytes=176),
-    "Q6_K": Q6K(),
+    "Q6_K": Q6K(half=32, block_bytes=210),
     "IQ4_NL": Nonlinear(18, 32),
     "IQ4_XS": Nonlinear(136, 256),
 }
