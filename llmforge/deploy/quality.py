@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from llmforge.convert.load import load
 from llmforge.convert.published import prepare, publish
-from llmforge.deploy.verify import file_type_of, run_llama_cpp, text_of
+from llmforge.deploy.verify import file_type_of, require_llama_cpp, run_llama_cpp, text_of
 from llmforge.errors import ConvertError, DataError
 from llmforge.formats.atomic import atomic_file
-from llmforge.formats.gguf import read_gguf_header, read_gguf_tensors
+from llmforge.formats.gguf import GGUFHeader, read_gguf_header, read_gguf_tensors
 from llmforge.quant.ggml import block_shape
 from llmforge.tokenizers import Tokenizer
 
@@ -119,7 +119,9 @@ def quantization_report(
     header = read_gguf_header(path)
     if llama_cpp is None:
         llama_cpp = importlib.util.find_spec("llama_cpp") is not None
-    types = _types(path, model, tokenizer)
+    if llama_cpp:
+        require_llama_cpp()
+    types = _types(path, header, model, tokenizer)
     files_model = load(path)[0]
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
         model = copy.deepcopy(model).float().cpu()
@@ -151,8 +153,7 @@ def quantization_report(
     )
 
 
-def _types(path: Path, model: nn.Module, tokenizer: Tokenizer) -> list[TypeQuality]:
-    header = read_gguf_header(path)
+def _types(path: Path, header: GGUFHeader, model: nn.Module, tokenizer: Tokenizer) -> list[TypeQuality]:
     published = prepare(publish(model), tokenizer)
     _, tensors, _ = published.family.to_gguf(published.config, published.tensors)
     floats = {published.family.gguf_name(name): tensor for name, tensor in tensors.items()}
@@ -209,10 +210,6 @@ def _on_text(reference: list[Tensor], logits: list[Tensor], windows: list[Tensor
 
 
 def _in_llama_cpp(path: Path, windows: list[Tensor], context: int, timeout_seconds: float) -> list[Tensor]:
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise ConvertError(
-            'llama.cpp is not installed: pip install "llmforge[verify]" (it is compiled; needs a C++ compiler)'
-        )
     ids = torch.cat(windows)
     with tempfile.TemporaryDirectory(prefix="llmforge-report-", ignore_cleanup_errors=True) as name:
         folder = Path(name)

@@ -122,10 +122,7 @@ def verify_gguf(
         CheckpointError: the file is damaged.
         DataError: a text of fewer than two tokens, or with characters that the tokenizer does not know.
     """
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise ConvertError(
-            'llama.cpp is not installed: pip install "llmforge[verify]" (it is compiled; needs a C++ compiler)'
-        )
+    require_llama_cpp()
     path = Path(path)
     header = read_gguf_header(path)
     context: int = getattr(model, "context_length", _context_of(header.metadata))
@@ -187,6 +184,18 @@ def verify_gguf(
             greedy_equal=equal,
             greedy_gap=gap,
             **statistics,
+        )
+
+
+def require_llama_cpp() -> None:
+    """Stop before the work begins that needs it.
+
+    Raises:
+        ConvertError: llama-cpp-python is not installed.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise ConvertError(
+            'llama.cpp is not installed: pip install "llmforge[verify]" (it is compiled; needs a C++ compiler)'
         )
 
 

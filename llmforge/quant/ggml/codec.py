@@ -70,13 +70,16 @@ def encode(values: Tensor, type_name: str, *, importance: Tensor | None = None) 
         return values.new_empty(
             len(values), values.shape[1] // block_shape(type_name)[0] * block_shape(type_name)[1]
         ).byte()
+    if (
+        type_name in FLOATS
+    ):  # to the nearest, ties to even, as ggml rounds; not in pieces, which would be copied together
+        _check(values, type_name)
+        return values.to(FLOATS[type_name]).contiguous().view(torch.uint8)
     return _in_pieces(lambda rows: _encode(rows, type_name, importance), values)
 
 
 def _encode(rows: Tensor, type_name: str, importance: Tensor | None) -> Tensor:
     _check(rows, type_name)
-    if type_name in FLOATS:  # to the nearest, ties to even, as ggml rounds
-        return rows.to(FLOATS[type_name]).contiguous().view(torch.uint8)
     rows = rows.float().contiguous()
     ours = TYPES.get(type_name)
     if ours is None:
