@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _NAMES = {
     "BPETokenizer": "llmforge.tokenizers",
+    "BitNet": "llmforge.models",
+    "BitNetConfig": "llmforge.models",
     "CharTokenizer": "llmforge.tokenizers",
     "CheckpointError": "llmforge.errors",
     "ConfigError": "llmforge.errors",
@@ -26,6 +28,7 @@ _NAMES = {
     "TokenDataset": "llmforge.data",
     "TrainConfig": "llmforge.training",
     "Trainer": "llmforge.training",
+    "WordPieceTokenizer": "llmforge.tokenizers",
     "collect_imatrix": "llmforge.convert",
     "export_gguf": "llmforge.convert",
     "export_hf": "llmforge.convert",
@@ -34,6 +37,7 @@ _NAMES = {
     "generate_text": "llmforge.generation",
     "load": "llmforge.convert",
     "load_tokenizer": "llmforge.tokenizers",
+    "pack_": "llmforge.nn",
     "quantization_report": "llmforge.deploy",
     "quantize_aware_": "llmforge.convert",
     "quantize_gguf": "llmforge.convert",
@@ -46,6 +50,8 @@ _NAMES = {
 __all__ = [
     "GPT",
     "BPETokenizer",
+    "BitNet",
+    "BitNetConfig",
     "CharTokenizer",
     "CheckpointError",
     "ConfigError",
@@ -60,6 +66,7 @@ __all__ = [
     "TokenDataset",
     "TrainConfig",
     "Trainer",
+    "WordPieceTokenizer",
     "__version__",
     "collect_imatrix",
     "export_gguf",
@@ -69,6 +76,7 @@ __all__ = [
     "generate_text",
     "load",
     "load_tokenizer",
+    "pack_",
     "quantization_report",
     "quantize_aware_",
     "quantize_gguf",
@@ -93,12 +101,14 @@ if TYPE_CHECKING:
     from llmforge.deploy import quantization_report, verify_gguf
     from llmforge.errors import CheckpointError, ConfigError, ConvertError, DataError, LLMForgeError
     from llmforge.generation import generate, generate_batch, generate_text, stream_text
-    from llmforge.models import GPT, GPTConfig, Llama, LlamaConfig
+    from llmforge.models import GPT, BitNet, BitNetConfig, GPTConfig, Llama, LlamaConfig
+    from llmforge.nn import pack_
     from llmforge.tokenizers import (
         BPETokenizer,
         CharTokenizer,
         SentencePieceTokenizer,
         TiktokenTokenizer,
+        WordPieceTokenizer,
         load_tokenizer,
     )
     from llmforge.training import TrainConfig, Trainer

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmforge.config import Config
 from llmforge.errors import ConfigError
-from llmforge.nn import KVCache, StaticKVCache
+from llmforge.nn import KVCache, StaticKVCache, constant_weights
 from llmforge.tokenizers import Tokenizer
 
 
@@ -303,9 +303,14 @@ class _Reader:
                 max_tokens = -(-max_tokens // 256) * 256
             self.cache = KVCache(min(self.context, max_tokens), padding=padding)
         self.length = 0  # tokens in the cache
+        self.weights = constant_weights()
 
     def next_logits(self, idx: Tensor) -> Tensor:
         """(B, T) ids, those of the last call and more -> (B, V)."""
+        with self.weights:
+            return self._next_logits(idx)
+
+    def _next_logits(self, idx: Tensor) -> Tensor:
         T = idx.shape[1]
         if self.cache is not None and self.cache.max_tokens >= T:
             new, self.length = idx[:, self.length :], T

@@ -43,6 +43,17 @@ def test_your_own_model_script(text, tmp_path):
     assert "step 100  loss" in run(EXAMPLES / "your_own_model.py", text, "--steps", 100, cwd=tmp_path)
 
 
+def test_ternary_scripts(text, tmp_path):
+    out = run(EXAMPLES / "bitlinear_in_your_model.py", text, "--steps", 100, cwd=tmp_path)
+    assert "9 layers are ternary: blocks.0.up, blocks.0.gate, blocks.0.down ..." in out
+    assert re.search(r"validation loss: float \d\.\d+, ternary \d\.\d+", out)
+    arguments = [EXAMPLES / "ternary_from_scratch.py", text, "--vocab-size", 300, "--width", 256]
+    out = run(*arguments, "--steps", 3, cwd=tmp_path)
+    assert "wrote runs/bitnet/hf and runs/bitnet/model.gguf" in out
+    assert "same as its own weights" in out or "KL" in out
+    assert "going on from step 3" in run(*arguments, "--steps", 4, cwd=tmp_path)
+
+
 def test_llama_scripts(text, tmp_path):
     arguments = [EXAMPLES / "llama_from_scratch.py", text, "--vocab-size", 300, "--width", 64]
     out = run(*arguments, "--steps", 2, cwd=tmp_path)

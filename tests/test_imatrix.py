@@ -91,7 +91,7 @@ class HalfGELU(nn.Module):
 def toy_as_llama_cpp_computes_it(case: str) -> GPT | Llama:
     model = toy(case)
     for block in model.transformer.h if "gpt" in case else []:
-        block.mlp.gelu = HalfGELU()
+        block.mlp.act = HalfGELU()
     return model
 
 

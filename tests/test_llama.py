@@ -422,7 +422,7 @@ def test_an_absent_key_means_transformers_default(family):
 
 def test_an_unknown_model_type_is_refused_with_what_is_supported(folder):
     edit_config(folder, model_type="mamba")
-    with pytest.raises(ConvertError, match="of type 'mamba'; supported: gpt2, llama, mistral, qwen2, qwen3$"):
+    with pytest.raises(ConvertError, match="of type 'mamba'; supported: gpt2, llama, bitnet, mistral, qwen2, qwen3$"):
         load(folder)
 
 

@@ -353,7 +353,7 @@ def test_keys_of_the_converter_that_change_nothing_are_known(tmp_path):
         ),
         (dict(block_count=3), CheckpointError, "does not fit its metadata; missing: model.layers.2"),
         (dict(embedding_length=128), CheckpointError, "of another shape: model.embed_tokens.weight"),
-        (dict(arch="mamba"), ConvertError, "architecture 'mamba'; supported: gpt2, llama, qwen2, qwen3$"),
+        (dict(arch="mamba"), ConvertError, "architecture 'mamba'; supported: gpt2, llama, bitnet, qwen2, qwen3$"),
     ],
     ids=str,
 )

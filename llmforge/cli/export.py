@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of the Hugging Face weights (default: as they are)",
     )
+    parser.add_argument(
+        "--ternary",
+        choices=("bitlinear", "autobitlinear", "latent"),
+        default="bitlinear",
+        help="form of ternary weights in the folder: packed for either linear_class of transformers, or the float weights of training "
+        "(default: bitlinear)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a Hugging Face folder that exists")
 
 
@@ -59,14 +66,19 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = open_model(args.model, checkpoint=args.checkpoint, revision=args.revision)
     tokenizer = find_tokenizer(args, tokenizer)
     if args.hf is not None:
+        if args.gguf is not None:
+            tokenizer.gguf_vocabulary()  # one that has none is refused before anything is written
         dtype = getattr(torch, args.dtype) if args.dtype is not None else None
-        report = export_hf(model, tokenizer, args.hf, dtype=dtype, overwrite=args.overwrite)
+        report = export_hf(model, tokenizer, args.hf, dtype=dtype, ternary=args.ternary, overwrite=args.overwrite)
+        for note in report.notes:
+            print(f"note: {note}")
         print(f"wrote {args.hf} (Hugging Face, {report.file_type})")
     if args.gguf is not None:
         report = export_gguf(model, tokenizer, args.gguf, progress=Bar("weights"), **type_options(args))
         for note in report.notes:
             print(f"note: {note}")
-        print(f"wrote {args.gguf} ({report.file_type}, {Path(args.gguf).stat().st_size / 1e6:.1f} MB)")
+        size = f"{report.bytes / 1e6:.1f} MB, {report.bits_per_weight:.2f} bits per weight with all that is in the file"
+        print(f"wrote {args.gguf} ({report.file_type}, {size})")
         if args.report is not None:
             _report(args)
         print(f"next  {program()} verify {args.gguf} {args.model}")

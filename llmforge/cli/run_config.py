@@ -10,7 +10,15 @@ from llmforge.config import Config, did_you_mean
 from llmforge.data import TokenDataset
 from llmforge.errors import ConfigError
 from llmforge.models import FAMILIES, GPTConfig, LanguageModel, ModelConfig
-from llmforge.tokenizers import PRE_TOKENIZERS, BPETokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer
+from llmforge.tokenizers import (
+    PRE_TOKENIZERS,
+    BPETokenizer,
+    CharTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    WordPieceTokenizer,
+    load_tokenizer,
+)
 from llmforge.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -21,13 +29,19 @@ if TYPE_CHECKING:
 class TokenizerConfig(Config):
     """Which tokenizer a run makes."""
 
-    kind: Literal["char", "bpe", "gpt2"] = "char"  # characters; BPE trained on the text; GPT-2's vocabulary
-    vocab_size: int = 4_096  # bpe only
+    # Characters; BPE or WordPiece trained on the text; GPT-2's vocabulary; one that is there. WordPiece cannot be exported as GGUF.
+    kind: Literal["char", "bpe", "wordpiece", "gpt2", "file"] = "char"
+    path: str | None = None  # file only: a folder with a tokenizer.json, as a run, export --hf or transformers write it
+    vocab_size: int = 4_096  # bpe and wordpiece only
     pre_tokenizer: str = "qwen2"  # bpe only: how text is cut into words before merging
 
     def __post_init__(self) -> None:
-        if self.kind not in ("char", "bpe", "gpt2"):
-            raise ConfigError(f"tokenizer kind ({self.kind!r}) must be 'char', 'bpe' or 'gpt2'")
+        if self.kind not in ("char", "bpe", "wordpiece", "gpt2", "file"):
+            raise ConfigError(f"tokenizer kind ({self.kind!r}) must be 'char', 'bpe', 'wordpiece', 'gpt2' or 'file'")
+        if (self.kind == "file") != (self.path is not None):
+            raise ConfigError(
+                f"tokenizer kind {self.kind!r} and path {self.path!r} do not fit: 'file' needs the path, the others have none"
+            )
         if self.pre_tokenizer not in PRE_TOKENIZERS:
             raise ConfigError(
                 f"unknown pre_tokenizer {self.pre_tokenizer!r}; {did_you_mean(self.pre_tokenizer, list(PRE_TOKENIZERS))}"
@@ -39,6 +53,13 @@ class TokenizerConfig(Config):
             return CharTokenizer.from_text_file(text)
         if self.kind == "bpe":
             return BPETokenizer.from_text_file(text, vocab_size=self.vocab_size, pre_tokenizer=self.pre_tokenizer)
+        if self.kind == "wordpiece":
+            return WordPieceTokenizer.from_text_file(text, vocab_size=self.vocab_size)
+        if self.path is not None:
+            tokenizer = load_tokenizer(self.path)
+            if tokenizer is None:
+                raise ConfigError(f"{self.path} has no tokenizer.json; name a folder that has one")
+            return tokenizer
         return TiktokenTokenizer("gpt2")
 
 
@@ -60,14 +81,16 @@ class RunConfig(Config):
         "char-gpt-cpu": {"kind": "char"},
         **{
             name: {"kind": "bpe", "vocab_size": values["vocab_size"]}
-            for name, values in FAMILIES["llama"][0].PRESETS.items()
+            for family in ("llama", "bitnet")
+            for name, values in FAMILIES[family][0].PRESETS.items()
         },
+        "bit-gpt": {"kind": "bpe", "vocab_size": 8192},
     }
 
     text: str  # a text file, or a folder of .txt files
     val_fraction: float = 0.1  # the last part of the text is kept for validation
     tokenizer: TokenizerConfig
-    family: str = GPTConfig.FAMILY  # of the model: "gpt" or "llama"
+    family: str = GPTConfig.FAMILY  # of the model: "gpt", "llama" or "bitnet"
     model: ModelConfig
     train: TrainConfig
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ EXAMPLES = """examples:
   llmforge train quijote.txt --preset char-gpt --out runs/q    10 million weights: minutes on a GPU, hours on a CPU
   llmforge train quijote.txt --tokenizer bpe --vocab-size 8000 pieces of words instead of characters
   llmforge train quijote.txt --preset llama-15m                a small Llama with a vocabulary of its own
+  llmforge train quijote.txt --preset bitnet-15m --twin        a ternary model, and its float twin to compare with
   llmforge train quijote.txt --set max_steps=500 --set lr=3e-4 change single settings
   llmforge train --config run.yaml                             all settings from a file
   llmforge train --resume runs/q                               go on after Ctrl-C, a crash or a power cut
@@ -31,18 +33,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         help="char-gpt, char-gpt-cpu, gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-15m, llama-42m, llama-110m, llama-350m, "
-        "llama-3.2-1b or llama-3-8b (default: a char model for the GPU or CPU at hand)",
+        "llama-3.2-1b or llama-3-8b; with ternary weights bitnet-15m, bitnet-42m, bitnet-110m, bitnet-350m, bitnet-2b-4t or bit-gpt "
+        "(default: a char model for the GPU or CPU at hand)",
     )
     parser.add_argument("--out", metavar="FOLDER", help="run folder (default: runs/NAME-OF-TEXT)")
     parser.add_argument(
-        "--tokenizer", choices=("char", "bpe", "gpt2"), help="characters, own byte-pair encoding, GPT-2's"
+        "--tokenizer",
+        metavar="KIND",
+        help="char, bpe (own byte-pair encoding), wordpiece (own, for transformers only, no GGUF), gpt2, or a folder with a "
+        "tokenizer.json",
     )
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="size of the vocabulary of --tokenizer bpe")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="size of the vocabulary of --tokenizer bpe or wordpiece"
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps; same as --set max_steps=N")
     parser.add_argument("--config", metavar="FILE", help="YAML file with the sections text, tokenizer, model, train")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; may be repeated"
     )
+    parser.add_argument(
+        "--twin",
+        action="store_true",
+        help="of a ternary model: train the same model as floats, too, on the same tokens, and report the gap",
+    )
+    parser.add_argument("--twin-lr", type=float, metavar="X", help="learning rate of the twin (default: half of the model's)")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
 
 
@@ -62,13 +76,13 @@ def run(args: argparse.Namespace) -> int:
     file_layer.pop("preset", None)
     options: dict[str, dict[str, object]] = {"tokenizer": {}, "train": {}}
     if args.tokenizer is not None:
-        options["tokenizer"]["kind"] = args.tokenizer
+        options["tokenizer"] = _tokenizer_option(args.tokenizer)
     if args.vocab_size is not None:
-        if args.tokenizer not in (None, "bpe"):
+        if args.tokenizer not in (None, "bpe", "wordpiece"):
             raise ConfigError(
-                f"--vocab-size is for --tokenizer bpe; the vocabulary of {args.tokenizer!r} follows from itself"
+                f"--vocab-size is for --tokenizer bpe or wordpiece; the vocabulary of {args.tokenizer!r} follows from itself"
             )
-        options["tokenizer"].update(vocab_size=args.vocab_size, kind="bpe")
+        options["tokenizer"] = {"kind": args.tokenizer or _trained_kind(file_layer), "vocab_size": args.vocab_size}
     if args.steps is not None:
         options["train"]["max_steps"] = args.steps
     if args.out is not None:
@@ -76,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
     defaults = {"text": text, "train": {"out_dir": f"runs/{Path(text).stem}"}}
     layers = [defaults, file_layer, {"text": text}, options, parse_settings(args.set)]
     config = RunConfig.resolve(preset, layers)
+    _check_twin(config, args)
     tokenizer = config.tokenizer.build(Path(config.text))
-    config = config.with_vocabulary(tokenizer)
-    return train(build_trainer(config, tokenizer), config)
+    return _train_all(config.with_vocabulary(tokenizer), tokenizer, args)
 
 
 def _resume(args: argparse.Namespace) -> int:
@@ -107,15 +121,55 @@ def _resume(args: argparse.Namespace) -> int:
             f"--resume can change settings of train only, not {', '.join(sorted(set(changes) - {'train'}))}"
         )
     config = config.replace(train={**config.train.to_dict(), **changes.get("train", {}), "out_dir": str(run_folder)})
+    _check_twin(config, args)
     tokenizer = None
     if list_checkpoints(run_folder):  # the vocabulary that the run began with, whatever became of the text since
         tokenizer = load_tokenizer(find_checkpoint(run_folder))
     tokenizer = tokenizer or config.tokenizer.build(Path(config.text))
     config = config.with_vocabulary(tokenizer)
+    return _train_all(config, tokenizer, args, resume=True)
+
+
+def _check_twin(config: "RunConfig", args: argparse.Namespace) -> None:
+    """Refuse a twin that cannot be, before hours of training."""
+    if args.twin_lr is not None and not args.twin:
+        raise ConfigError("--twin-lr is the learning rate of --twin; add --twin")
+    if args.twin:
+        from llmforge.cli.twin import twin_of
+
+        twin_of(config, args.twin_lr)
+
+
+def _train_all(config: "RunConfig", tokenizer: "Tokenizer", args: argparse.Namespace, *, resume: bool = False) -> int:
+    """Train the model, and its twin where that is asked for."""
     trainer = build_trainer(config, tokenizer)
-    if not trainer.resume():
-        print(f"{run_folder} has no checkpoint yet: starting from the beginning", file=sys.stderr)
-    return train(trainer, config)
+    if resume and not trainer.resume():
+        print(f"{trainer.out_dir} has no checkpoint yet: starting from the beginning", file=sys.stderr)
+    code = train(trainer, config)
+    if code == 0 and args.twin:
+        from llmforge.cli.twin import train_twin
+
+        code = train_twin(trainer, config, tokenizer, args.twin_lr)
+    return code
+
+
+def _tokenizer_option(value: str) -> dict[str, object]:
+    """What --tokenizer names: a kind, or a folder (or its tokenizer.json)."""
+    from llmforge.config import did_you_mean
+
+    kinds = ["char", "bpe", "wordpiece", "gpt2"]
+    if value in kinds:
+        return {"kind": value}
+    path = Path(value)
+    if not path.exists():
+        raise ConfigError(f"--tokenizer {value!r} is no kind and no folder; {did_you_mean(value, kinds)}")
+    return {"kind": "file", "path": str(path.parent if path.is_file() else path)}
+
+
+def _trained_kind(file_layer: Mapping[str, object]) -> str:
+    """The tokenizer that --vocab-size alone means: bpe, unless the file asks for the other one that is trained on the text."""
+    tokenizer = file_layer.get("tokenizer")
+    return "wordpiece" if isinstance(tokenizer, Mapping) and tokenizer.get("kind") == "wordpiece" else "bpe"
 
 
 def default_preset() -> str:
@@ -169,7 +223,9 @@ def train(trainer: "Trainer", config: "RunConfig") -> int:
     if result.stopped_by is None:
         if trainer.out_dir is not None:
             print(f'next     {program()} generate {trainer.out_dir} --prompt "..."')
-            print(f"         {program()} export {trainer.out_dir} --gguf {trainer.out_dir.name}.gguf")
+            wordpiece = config.tokenizer.kind == "wordpiece"  # there is no GGUF of it
+            target = f"--hf {trainer.out_dir.name}-hf" if wordpiece else f"--gguf {trainer.out_dir.name}.gguf"
+            print(f"         {program()} export {trainer.out_dir} {target}")
         return 0
     return stopped(result, trainer)
 

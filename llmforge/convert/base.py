@@ -26,6 +26,7 @@ class Family(ABC):
     hf_architecture: ClassVar[str]
     hf_fields: ClassVar[Mapping[str, tuple[str, Any]]]  # Hugging Face's key -> our field, and what an absent key means
     hf_fixed: ClassVar[Mapping[str, Any]]  # keys that can have one value only
+    hf_quantized: ClassVar[bool] = False  # config.json may have a quantization_config, which `from_hf` looks at
     hf_ignored: ClassVar[str]  # keys that do not change what is computed, separated by blanks
     implied: ClassVar[
         Mapping[str, Any]
@@ -41,6 +42,14 @@ class Family(ABC):
     def expresses(self, config: Any) -> bool:
         """Whether the family has all that this config of `config_class` says."""
         return True
+
+    def reads_hf(self, values: Mapping[str, Any]) -> bool:
+        """Whether a config.json describes a model of the family."""
+        return values.get("model_type") == self.hf_model_type
+
+    def reads_gguf(self, arch: object, types: Mapping[str, str], tensors: Tensors) -> bool:
+        """Whether a GGUF file holds one, by its architecture, the types of its tensors, and these, under GGUF's names."""
+        return arch == self.gguf_arch
 
     def blueprint(self, config: Any) -> LanguageModel:
         """The model of a config on the meta device: shapes without values."""
@@ -71,6 +80,18 @@ class Family(ABC):
         """The values of a config.json in the form that the tables expect."""
         return values
 
+    def to_hf(self, config: Any, tensors: Tensors, ternary: str) -> tuple[Any, Tensors, dict[str, Any], list[str]]:
+        """Config and tensors as transformers needs them, more keys of config.json, and what the user should know about it.
+
+        Args:
+            ternary: the form of ternary weights, where there are any; see `export_hf`.
+        """
+        return config, tensors, {}, []
+
+    def from_hf(self, values: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        """The reverse, of the tensors: `values` of config.json."""
+        return tensors
+
     def to_gguf(self, config: Any, tensors: Tensors) -> tuple[Any, Tensors, list[str]]:
         """Config and tensors as llama.cpp needs them, still under our names, and what the user should know about it."""
         return config, tensors, []
@@ -96,6 +117,14 @@ class Family(ABC):
         return _renamed(
             gguf_name, "blk.", self.layers_prefix, {theirs: ours for ours, theirs in self.gguf_names.items()}
         )
+
+    def gguf_types(self, config: Any, file_type: str) -> dict[str, str]:
+        """Types of tensors beside those of the mixture, by GGUF's names."""
+        return {}
+
+    def gguf_notes(self, config: Any, file_type: str) -> list[str]:
+        """What such a file computes otherwise than the model."""
+        return []
 
     def gguf_metadata(self, config: Any) -> dict[str, Any]:
         """Keys below `<arch>.` beside those of the table."""

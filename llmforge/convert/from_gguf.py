@@ -32,7 +32,9 @@ def read_gguf(path: Path) -> tuple[Published, Tokenizer]:
     """
     header = read_gguf_header(path)
     arch = header.metadata.get("general.architecture")
-    family = next((family for family in FAMILIES if family.gguf_arch == arch), None)
+    types = {tensor.name: tensor.type_name for tensor in header.tensors}
+    gguf_tensors = read_gguf_tensors(path, header)
+    family = next((family for family in FAMILIES if family.reads_gguf(arch, types, gguf_tensors)), None)
     if family is None:
         known = ", ".join(dict.fromkeys(family.gguf_arch for family in FAMILIES))
         raise ConvertError(f"{path} holds a model of the architecture {shown(arch)}; supported: {known}")
@@ -46,7 +48,7 @@ def read_gguf(path: Path) -> tuple[Published, Tokenizer]:
         field: metadata.pop(key, default) for key, (field, default) in family.gguf_fields.items() if key != "vocab_size"
     }
     tensors = {}
-    for name, tensor in read_gguf_tensors(path, header).items():
+    for name, tensor in gguf_tensors.items():
         try:
             own_name = family.own_gguf_name(name)
         except (KeyError, ValueError):

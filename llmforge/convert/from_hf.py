@@ -21,7 +21,7 @@ _IGNORED = """
     repetition_penalty num_beams early_stopping
 """
 # Keys of every transformers config that would.
-_FIXED = {"is_encoder_decoder": False, "pruned_heads": {}, "quantization_config": None}
+_FIXED = {"is_encoder_decoder": False, "pruned_heads": {}}
 
 
 def read_hf(folder: Path) -> Published:
@@ -32,9 +32,9 @@ def read_hf(folder: Path) -> Published:
         CheckpointError: files that are missing or damaged, tensors that do not fit the config.
     """
     values = read_config(folder)
-    family = next((family for family in FAMILIES if family.hf_model_type == values.get("model_type")), None)
+    family = next((family for family in FAMILIES if family.reads_hf(values)), None)
     if family is None:
-        known = ", ".join(family.hf_model_type for family in FAMILIES)
+        known = ", ".join(dict.fromkeys(family.hf_model_type for family in FAMILIES))
         raise ConvertError(f"{folder} holds a model of type {shown(values.get('model_type'))}; supported: {known}")
     if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
         raise CheckpointError(
@@ -49,17 +49,21 @@ def read_hf(folder: Path) -> Published:
             raise CheckpointError(f"{folder} has two tensors for {name}; one of them is {hf_name!r}")
         if name is not None:
             tensors[name] = tensor.then(partial(family.hf_layout, name))
+    tensors = family.from_hf(values, tensors)
     return account(family, config, tensors, CheckpointError(f"{folder} does not fit its config"))
 
 
 def _own_config(family: Family, values: dict[str, Any], path: Path) -> Any:
     values = family.config_from_hf(values)
-    for key, required in {**_FIXED, **family.hf_fixed}.items():
+    fixed = {**_FIXED, **family.hf_fixed}
+    if not family.hf_quantized:
+        fixed["quantization_config"] = None
+    for key, required in fixed.items():
         if values.get(key, required) not in (required, None):
             raise ConvertError(
                 f"{path} sets {key} to {shown(values[key])}, which {family.model_class.__name__} does not compute; it must be {required!r}"
             )
-    known = {*_IGNORED.split(), *family.hf_ignored.split(), *_FIXED, *family.hf_fields, *family.hf_fixed}
+    known = {*_IGNORED.split(), *family.hf_ignored.split(), *fixed, "quantization_config", *family.hf_fields}
     unknown = sorted(key for key in values if key not in known)
     if unknown:
         found = f"{path} has settings that are not known here and have no effect: {', '.join(unknown)}"

@@ -1,9 +1,10 @@
 """GPT as GPT-2: what Hugging Face's and llama.cpp's GPT-2 files call it, and where they differ from it.
 
-The parameter names are GPT-2's already. Three things differ:
+The parameter names are GPT-2's already. Four things differ:
     biases    GPT-2 has all of them; a model without gets zeros, which computes the same.
     Conv1D    Hugging Face keeps the blocks' matrices as (in, out), transposed to nn.Linear's (out, in).
     context   llama.cpp rounds the context up to a multiple of 256 and aborts beyond the last position row.
+    ternary   neither knows BitLinear here: the matrices are written as what they are rounded to, codes times scale.
 
 Source: transformers' modeling_gpt2.py; llama.cpp's arch gpt2.
 """
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from llmforge.convert.base import Family, Tensors
+from llmforge.convert.bitnet import ternary_notes, ternary_types
 from llmforge.errors import ConvertError, shown
 from llmforge.formats.lazy import LazyTensor
 from llmforge.models import GPT, GPTConfig
+from llmforge.quant.ternary import fake_ternary
 
 _CONV1D = re.compile(r".*\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # The causal mask, which older versions keep with the weights.
@@ -81,6 +84,20 @@ class GPT2(Family):
         "vocab_size": ("vocab_size", None),
     }
 
+    def to_hf(
+        self, config: GPTConfig, tensors: Tensors, ternary: str
+    ) -> tuple[GPTConfig, Tensors, dict[str, Any], list[str]]:
+        if not config.ternary:
+            return config, tensors, {}, []
+        notes = [
+            "transformers has no ternary GPT-2: the weights are written as floats, each one of three values of its matrix"
+        ]
+        if config.act_quant != "none":
+            notes.append(
+                "transformers does not round this model's activations; in training they were rounded to 8 bits"
+            )
+        return config.replace(ternary=False), _rounded(tensors), {}, notes
+
     def complete(self, config: GPTConfig, tensors: Tensors) -> tuple[GPTConfig, Tensors]:
         with_bias = self.blueprint(config.replace(bias=True))
         zeros = {
@@ -137,6 +154,13 @@ class GPT2(Family):
 
     def to_gguf(self, config: GPTConfig, tensors: Tensors) -> tuple[GPTConfig, Tensors, list[str]]:
         notes = []
+        if config.activation_function == "relu":
+            raise ConvertError(
+                "llama.cpp computes GPT-2 with GELU always, so a model with activation_function 'relu' would load and write nonsense; "
+                "train with 'gelu_new', or use it in torch or transformers"
+            )
+        if config.ternary:
+            tensors = _rounded(tensors)
         if config.activation_function == "gelu":
             notes.append("llama.cpp computes GELU in its tanh form; the difference to erf does not show in its output")
         rows = -(-config.block_size // 256) * 256
@@ -149,6 +173,12 @@ class GPT2(Family):
                 f"up to a multiple of 256; the model has learned {config.block_size}"
             )
         return config.replace(block_size=rows), tensors, notes
+
+    def gguf_types(self, config: GPTConfig, file_type: str) -> dict[str, str]:
+        return ternary_types(file_type) if config.ternary else {}
+
+    def gguf_notes(self, config: GPTConfig, file_type: str) -> list[str]:
+        return ternary_notes(file_type, config.act_quant, "bfloat16") if config.ternary else []
 
     def gguf_metadata(self, config: GPTConfig) -> dict[str, Any]:
         return {"feed_forward_length": 4 * config.n_embd, "attention.layer_norm_epsilon": 1e-5}
@@ -165,3 +195,8 @@ class GPT2(Family):
         if not (isinstance(epsilon, float) and abs(epsilon - 1e-5) <= 1e-11):
             raise ConvertError(f"attention.layer_norm_epsilon ({shown(epsilon)}) must be 1e-5; GPT has no other")
         return {**values, "tie_word_embeddings": "lm_head.weight" not in tensors}, tensors
+
+
+def _rounded(tensors: Tensors) -> Tensors:
+    """The matrices of the blocks as their BitLinear computes with them."""
+    return {name: tensor.then(fake_ternary) if _CONV1D.fullmatch(name) else tensor for name, tensor in tensors.items()}

@@ -24,7 +24,7 @@ from torch import Tensor
 from llmforge.convert.base import Family, Tensors
 from llmforge.errors import ConvertError, shown
 from llmforge.formats.lazy import LazyTensor
-from llmforge.models import Llama, LlamaConfig
+from llmforge.models import LanguageModel, Llama, LlamaConfig, ModelConfig
 from llmforge.nn import RopeScaling
 
 # Old checkpoints keep the frequencies with the weights.
@@ -32,7 +32,7 @@ _FREQUENCIES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|
 _Q_OR_K = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.(weight|bias)")
 _ROPE_FREQS = "rope_freqs.weight"
 
-_GGUF_NAMES = {
+GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -54,8 +54,8 @@ _GGUF_NAMES = {
 class HFLlama(Family):
     """The rows of Llama 2, 3 and their look-alikes."""
 
-    model_class = Llama
-    config_class = LlamaConfig
+    model_class: ClassVar[type[LanguageModel]] = Llama
+    config_class: ClassVar[type[ModelConfig]] = LlamaConfig
     layers_field = "num_hidden_layers"
     hf_model_type = "llama"
     hf_architecture = "LlamaForCausalLM"
@@ -82,7 +82,7 @@ class HFLlama(Family):
     hf_ignored = "pretraining_tp"  # how a sum was split among machines
 
     gguf_arch = "llama"
-    gguf_names = _GGUF_NAMES
+    gguf_names = GGUF_NAMES
     layers_prefix = "model.layers."
     gguf_fields: ClassVar = {
         "context_length": ("max_position_embeddings", None),

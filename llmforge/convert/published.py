@@ -12,14 +12,26 @@ from torch import Tensor, nn
 
 from llmforge.config import read_json_object
 from llmforge.convert.base import Family, Tensors
+from llmforge.convert.bitnet import FloatBitNet, HFBitNet, TernaryLlama
 from llmforge.convert.gpt2 import GPT2
 from llmforge.convert.llama import HFLlama, HFMistral, HFQwen2, HFQwen3
 from llmforge.errors import CheckpointError, ConfigError, ConvertError, some
 from llmforge.formats.lazy import LazyTensor
 from llmforge.models import LanguageModel
+from llmforge.nn import PackedBitLinear
 from llmforge.tokenizers import Tokenizer
 
-FAMILIES: list[Family] = [GPT2(), HFLlama(), HFMistral(), HFQwen2(), HFQwen3()]
+# The first that reads a file is taken: what asks for more than a name comes before what does not.
+FAMILIES: list[Family] = [
+    GPT2(),
+    TernaryLlama(),
+    FloatBitNet(),
+    HFBitNet(),
+    HFLlama(),
+    HFMistral(),
+    HFQwen2(),
+    HFQwen3(),
+]
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,13 @@ class ExportReport:
     bytes: int
     file_type: str  # "F16", "Q8_0" ... of a GGUF; "float32" ... of a Hugging Face folder
     tensors: Counter[str]  # how many tensors of each type
-    notes: list[str] = field(default_factory=list)  # what differs from the model as it was trained, and why
+    notes: list[str]  # what differs from the model as it was trained, and why
+    num_params: int  # of the model
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the whole file or folder: tokenizer, embedding and all."""
+        return 8 * self.bytes / self.num_params
 
 
 @dataclass(frozen=True)
@@ -110,9 +128,13 @@ def publish(model: nn.Module) -> Published:
     """Account for every tensor of a model, which stays as it is.
 
     Raises:
-        ConvertError: an unknown kind of model, or a tensor too many or too few.
+        ConvertError: an unknown kind of model, a packed one, or a tensor too many or too few.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) is a wrapper
+    if any(isinstance(module, PackedBitLinear) for module in model.modules()):
+        raise ConvertError(
+            "the model is packed for inference (pack_) and has no weights to export; load it again to export it"
+        )
     if all(type(model) is not family.model_class for family in FAMILIES):
         known = ", ".join(sorted({family.model_class.__name__ for family in FAMILIES}))
         raise ConvertError(

@@ -1,5 +1,6 @@
 """A GGUF file in another type, straight from file to file: any architecture whose mixtures are known, metadata as it is."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -74,4 +75,5 @@ def quantize_gguf(
     write_gguf(path, arch, metadata, tensors, types=types, progress=progress)
     notes += [f"empty metadata left out: {', '.join(empty)}"] if empty else []
     counted = Counter(tensor.type_name for tensor in tensors)
-    return ExportReport(path, path.stat().st_size, file_type, counted, notes + mixture.notes())
+    n_params = sum(math.prod(shape) for shape in shapes.values())
+    return ExportReport(path, path.stat().st_size, file_type, counted, notes + mixture.notes(), n_params)

@@ -1,6 +1,7 @@
 """GGUF files that llama.cpp, LM Studio and Ollama load, and that compute what the model computes."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -72,14 +73,21 @@ def export_gguf(
         **vocabulary.metadata(rows=config.vocab_size),
     }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    own_types = {
+        f"^{re.escape(name)}$": given for name, given in family.gguf_types(published.config, file_type).items()
+    }
     mixture = choose_types(
         file_type,
         {"general.architecture": arch, **metadata},
         shapes,
-        tensor_types=tensor_types,
+        tensor_types={**(tensor_types or {}), **own_types},  # the first that fits counts
         has_importance=importance is not None,
     )
-    notes += mixture.notes() + _not_as_trained(model_or_folder, family, mixture, importance)
+    notes += (
+        family.gguf_notes(published.config, file_type)
+        + mixture.notes()
+        + _not_as_trained(model_or_folder, family, mixture, importance)
+    )
     weights = importance.fitting(shapes) if importance is not None else {}
     notes += importance.notes(mixture.types) if importance is not None else []
     described = [
@@ -87,7 +95,7 @@ def export_gguf(
     ]
     write_gguf(path, arch, metadata, described, progress=progress)
     types = Counter(tensor.type_name for tensor in described)
-    return ExportReport(path, path.stat().st_size, file_type, types, published.notes + notes)
+    return ExportReport(path, path.stat().st_size, file_type, types, published.notes + notes, n_params)
 
 
 def _not_as_trained(model: object, family: Family, mixture: Mixture, importance: Importance | None) -> list[str]:

@@ -18,6 +18,7 @@ from llmforge.formats.atomic import atomic_folder
 from llmforge.formats.safetensors import write_safetensors
 from llmforge.tokenizers import Tokenizer
 
+_TERNARY = ("bitlinear", "autobitlinear", "latent")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -27,6 +28,7 @@ def export_hf(
     folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    ternary: str = "bitlinear",
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> ExportReport:
@@ -38,6 +40,9 @@ def export_hf(
         tokenizer: None = the one in the folder; a folder without tokenizer files where there is none.
         dtype: of the weights: float32, bfloat16 or float16; None = that of the matrices, where they are all
             alike, else float32.
+        ternary: the form of ternary weights, with a scale for each matrix: "bitlinear", packed, the scale divides, which most
+            programs read; "autobitlinear", packed, the scale multiplies, as Microsoft's files; "latent", the float
+            weights of training, which transformers rounds as it runs, to train them there. Other weights are not concerned.
         max_shard_bytes: weights above this go into several files.
         overwrite: replace a Hugging Face folder that is there.
     Raises:
@@ -47,31 +52,39 @@ def export_hf(
     folder = Path(folder)
     if dtype is not None and dtype not in _DTYPES:
         raise ConvertError(f"dtype ({dtype}) must be one of {', '.join(map(str, _DTYPES))}")
+    if ternary not in _TERNARY:
+        raise ConvertError(f"ternary ({ternary!r}) must be one of {', '.join(_TERNARY)}")
     if overwrite and folder.is_dir() and any(folder.iterdir()) and not _is_hf_folder(folder):
         raise ConvertError(f"{folder} is not a Hugging Face folder, so it is not replaced; name another one")
     published, tokenizer = source(model_or_folder, tokenizer)
     published = prepare(published, tokenizer)
+    n_params = published.num_params
     if dtype is None:
         stored = {tensor.dtype for tensor in published.tensors.values() if len(tensor.shape) > 1}
         dtype = stored.pop() if len(stored) == 1 and stored <= _DTYPES.keys() else torch.float32
-    config = _hf_config(published, tokenizer, dtype)
+    family_config, tensors, more, notes = published.family.to_hf(published.config, published.tensors, ternary)
+    published = Published(published.family, family_config, tensors, published.notes + notes)
+    config = _hf_config(published, tokenizer, dtype) | more
+    hf_tensors = _hf_tensors(published, dtype)
     with atomic_folder(folder, overwrite=overwrite) as tmp:
-        write_safetensors(tmp, _hf_tensors(published, dtype), max_shard_bytes=max_shard_bytes)
+        write_safetensors(tmp, hf_tensors, max_shard_bytes=max_shard_bytes)
         _write_json(tmp / "config.json", config)
         special: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(tmp / "generation_config.json", {**special, "do_sample": True, "temperature": 0.8, "top_k": 50})
         if tokenizer is not None:
             tokenizer.save(tmp)
-        (tmp / "README.md").write_text(_model_card(folder.name, published), encoding="utf-8")
+        (tmp / "README.md").write_text(_model_card(folder.name, published, n_params), encoding="utf-8")
         size = sum(file.stat().st_size for file in tmp.iterdir())
-    return ExportReport(
-        folder, size, _DTYPES[dtype], Counter({_DTYPES[dtype]: len(published.tensors)}), published.notes
-    )
+    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in hf_tensors.values())
+    return ExportReport(folder, size, _DTYPES[dtype], types, published.notes, n_params)
 
 
 def _hf_tensors(published: Published, dtype: torch.dtype) -> Tensors:
     def layout(name: str, tensor: Tensor) -> Tensor:
-        tensor = published.family.hf_layout(name, tensor).to(dtype).contiguous()
+        tensor = published.family.hf_layout(name, tensor).contiguous()
+        if not tensor.is_floating_point() or name.endswith("_scale"):
+            return tensor  # packed codes and their scales are what they are
+        tensor = tensor.to(dtype)
         if dtype == torch.float16 and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
             raise ConvertError(f"{name} has values too large for {_DTYPES[dtype]}; export bfloat16 or float32")
         return tensor
@@ -103,7 +116,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _model_card(name: str, published: Published) -> str:
+def _model_card(name: str, published: Published, n_params: int) -> str:
     settings = "\n".join(f"| {key} | {value} |" for key, value in published.config.to_dict().items())
     return f"""---
 library_name: transformers
@@ -112,7 +125,7 @@ tags: [llmforge]
 ---
 # {name}
 
-A {published.family.hf_model_type} language model of {published.num_params:,} parameters.
+A {published.family.hf_model_type} language model of {n_params:,} parameters.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from llmforge.errors import ConfigError
 from llmforge.models.base import LanguageModel, ModelConfig
-from llmforge.nn import KVCache, LayerNorm, causal_attention
+from llmforge.nn import BitLinear, KVCache, LayerNorm, causal_attention, nearest_multiples, replace_linear_
+from llmforge.quant.ternary import GROUP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,17 @@ class GPTConfig(ModelConfig):
         "gpt2-medium": dict(vocab_size=50_257, block_size=1024, n_layer=24, n_head=16, n_embd=1024),
         "gpt2-large": dict(vocab_size=50_257, block_size=1024, n_layer=36, n_head=20, n_embd=1280),
         "gpt2-xl": dict(vocab_size=50_257, block_size=1024, n_layer=48, n_head=25, n_embd=1600),
+        # A GPT of ternary weights, the shape of the "1-bit LLM" tutorials; only its embedding and output projection are floats.
+        "bit-gpt": dict(
+            vocab_size=30_000,
+            block_size=512,
+            n_layer=6,
+            n_head=8,
+            n_embd=512,
+            bias=False,
+            ternary=True,
+            act_quant="group",
+        ),
     }
 
     vocab_size: int  # V; ids are 0 .. V-1
@@ -55,8 +67,10 @@ class GPTConfig(ModelConfig):
     dropout: float = 0.0  # 0 for pretraining on plenty of text, 0.1-0.2 for many passes over little
     bias: bool = True  # in Linear and LayerNorm, as GPT-2; False is a little faster and no worse
     tie_word_embeddings: bool = True  # lm_head.weight is the token embedding
-    # "gelu_new": the tanh form, as GPT-2 and llama.cpp; "gelu": the erf form, as nanoGPT.
-    activation_function: Literal["gelu_new", "gelu"] = "gelu_new"
+    # "gelu_new": the tanh form, as GPT-2 and llama.cpp; "gelu": the erf form, as nanoGPT; "relu", which llama.cpp does not compute.
+    activation_function: Literal["gelu_new", "gelu", "relu"] = "gelu_new"
+    ternary: bool = False  # BitLinear in the blocks: weights of -1, 0, 1 times a scale
+    act_quant: Literal["token", "group", "none"] = "token"  # of BitLinear: the scales of its 8-bit activations
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -69,8 +83,21 @@ class GPTConfig(ModelConfig):
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout ({self.dropout}) must be at least 0 and below 1; 0.1 is common for small texts")
-        if self.activation_function not in ("gelu_new", "gelu"):
-            raise ConfigError(f"activation_function ({self.activation_function!r}) must be 'gelu_new' or 'gelu'")
+        if self.activation_function not in ("gelu_new", "gelu", "relu"):
+            raise ConfigError(
+                f"activation_function ({self.activation_function!r}) must be 'gelu_new', 'gelu' or 'relu'"
+            )
+        if self.act_quant not in ("token", "group", "none"):
+            raise ConfigError(f"act_quant ({self.act_quant!r}) must be 'token', 'group' or 'none'")
+        if self.ternary and self.n_embd % GROUP:
+            raise ConfigError(
+                f"n_embd ({self.n_embd}) must be a multiple of {GROUP}, the block of ternary weights in a GGUF; "
+                f"{nearest_multiples(self.n_embd, GROUP)}"
+            )
+
+    def float_twin(self) -> "GPTConfig | None":
+        """The same model with float weights and activations; None = it has them already."""
+        return self.replace(ternary=False) if self.ternary else None
 
 
 class CausalSelfAttention(nn.Module):
@@ -93,17 +120,18 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """C -> 4C -> GELU -> C"""
+    """C -> 4C -> GELU (or ReLU) -> C"""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate="tanh" if config.activation_function == "gelu_new" else "none")
+        approximate = "tanh" if config.activation_function == "gelu_new" else "none"
+        self.act = nn.ReLU() if config.activation_function == "relu" else nn.GELU(approximate=approximate)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        out: Tensor = self.dropout(self.c_proj(self.act(self.c_fc(x))))
         return out  # (B, T, C)
 
 
@@ -166,6 +194,8 @@ class GPT(LanguageModel):
         self._init_weights()
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
+        if config.ternary:
+            replace_linear_(self, BitLinear, act_quant=config.act_quant)
 
     def _init_weights(self) -> None:
         """GPT-2's initialisation: N(0, 0.02); what adds to the residual stream is scaled down by the 2L additions it makes."""

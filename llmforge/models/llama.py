@@ -176,8 +176,12 @@ class Attention(nn.Module):
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)  # (B, K, S, D)
         y = causal_attention(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0)
-        out: Tensor = self.o_proj(rearrange(y, "B H T D -> B T (H D)"))
-        return out  # (B, T, C)
+        return self.project(rearrange(y, "B H T D -> B T (H D)"))
+
+    def project(self, y: Tensor) -> Tensor:
+        """What all heads found, back to the width of the model: (B, T, H*D) -> (B, T, C)"""
+        out: Tensor = self.o_proj(y)
+        return out
 
 
 class Block(nn.Module):
@@ -199,10 +203,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks and final norm: (B, T) ids -> (B, T, C)."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, block_class: type[Block]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(block_class(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
         # No buffer: `model.bfloat16()` would round it, and then far positions turn by wrong angles.
@@ -246,12 +250,13 @@ class Llama(LanguageModel):
     """
 
     config: LlamaConfig
+    block_class: ClassVar[type[Block]] = Block  # a relative with other blocks has its own
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.context_length = config.max_position_embeddings
-        self.model = Transformer(config)
+        self.model = Transformer(config, self.block_class)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._init_weights()
         if config.tie_word_embeddings:

@@ -5,21 +5,32 @@ values, D head width, F feed-forward width, V vocabulary.
 """
 
 from llmforge.nn.attention import attention_mask, causal_attention
+from llmforge.nn.bitlinear import BitLinear, bit_linears, constant_weights, nearest_multiples, set_quantization_
 from llmforge.nn.kv_cache import KVCache, StaticKVCache
 from llmforge.nn.mlp import SwiGLU
 from llmforge.nn.norm import LayerNorm, RMSNorm
+from llmforge.nn.packed import PackedBitLinear, pack_
+from llmforge.nn.replace import replace_linear_
 from llmforge.nn.rope import RopeScaling, apply_rope, rope_angles, rope_frequencies
 
 __all__ = [
+    "BitLinear",
     "KVCache",
     "LayerNorm",
+    "PackedBitLinear",
     "RMSNorm",
     "RopeScaling",
     "StaticKVCache",
     "SwiGLU",
     "apply_rope",
     "attention_mask",
+    "bit_linears",
     "causal_attention",
+    "constant_weights",
+    "nearest_multiples",
+    "pack_",
+    "replace_linear_",
     "rope_angles",
     "rope_frequencies",
+    "set_quantization_",
 ]

@@ -22,5 +22,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)"""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(self.hidden(x))
         return out
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What is projected back: (..., C) -> (..., F)"""
+        hidden: Tensor = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        return hidden

@@ -1,13 +1,11 @@
 """Layers that compute with what a number format leaves of their weights, while the weights themselves train as floats.
 
-The gradient of the rounded matrix is taken for that of the float one ("straight through", Bengio et al. 2013, arXiv:1308.3432): the
-float weights drift until other roundings fit better. A layer changes its class and nothing else, so that names, shapes and values in
+The gradient of the rounded matrix is taken for that of the float one (`straight_through.py`): the float weights drift until other roundings fit better. A layer changes its class and nothing else, so that names, shapes and values in
 `state_dict()` stay what they were.
 """
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmforge.errors import ConfigError, some
+from llmforge.nn.straight_through import straight_through
 from llmforge.quant.ggml import ENCODABLE, block_shape, round_to
 
 
@@ -57,16 +56,6 @@ _numbers = itertools.count()
 _roundings: WeakValueDictionary[int, Rounding] = WeakValueDictionary()
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
-
-
 # For torch.compile: one operation, whatever happens inside. The number stands for the Rounding, since operations take numbers only.
 @torch.library.custom_op("llmforge::straight_through", mutates_args=())
 def _straight_through(weight: Tensor, number: int) -> Tensor:
@@ -92,8 +81,7 @@ class _Rounded(nn.Module):
         if torch.compiler.is_compiling():
             compiled: Tensor = torch.ops.llmforge.straight_through(self.weight, self.rounding.number)
             return compiled
-        rounded: Tensor = _StraightThrough.apply(self.weight, self.rounding.of(self.weight))  # type: ignore[no-untyped-call]
-        return rounded
+        return straight_through(self.weight, self.rounding.of(self.weight))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rounded to {self.rounding.type_name}"

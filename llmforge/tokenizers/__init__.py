@@ -1,4 +1,4 @@
-"""Text to ids and back: characters, byte-level BPE, SentencePiece, GPT-2's vocabulary; and conversations as text."""
+"""Text to ids and back: characters, byte-level BPE, WordPiece, SentencePiece, GPT-2's vocabulary; and conversations as text."""
 
 import os
 from pathlib import Path
@@ -11,6 +11,7 @@ from llmforge.tokenizers.chat import chat_ids, render_chat
 from llmforge.tokenizers.gguf import tokenizer_from_gguf
 from llmforge.tokenizers.sentencepiece import SentencePieceTokenizer, is_sentencepiece
 from llmforge.tokenizers.tiktoken import TiktokenTokenizer
+from llmforge.tokenizers.wordpiece import WordPieceTokenizer, is_wordpiece
 
 __all__ = [
     "PRE_TOKENIZERS",
@@ -20,6 +21,7 @@ __all__ = [
     "SentencePieceTokenizer",
     "TiktokenTokenizer",
     "Tokenizer",
+    "WordPieceTokenizer",
     "chat_ids",
     "load_tokenizer",
     "render_chat",
@@ -50,5 +52,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
         raise DataError(f"{path}: {error}") from error
     if char_tokenizer is not None:
         return char_tokenizer
+    if is_wordpiece(content):
+        return WordPieceTokenizer.from_file(path)
     kind = SentencePieceTokenizer if is_sentencepiece(content) else BPETokenizer
     return kind.from_file(path)

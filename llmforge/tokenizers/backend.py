@@ -12,7 +12,7 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import AddedToken
 
-from llmforge.errors import DataError
+from llmforge.errors import ConfigError, DataError
 from llmforge.tokenizers.base import (
     BYTE,
     CONTROL,
@@ -37,6 +37,7 @@ END_TOKENS = frozenset([
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 _MAX_TEMPLATE_BYTES = 2**20
+_MAX_VOCAB_SIZE = 2**20  # the library reserves memory for so many; the largest vocabularies in use have 2**18
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -227,6 +228,16 @@ def state_of(backend: tokenizers.Tokenizer) -> dict[str, Any]:
         raise DataError("the tokens {!r} and {!r} have the same id: the file is damaged".format(*twice[0]))
     state: dict[str, Any] = json.loads(backend.to_str())
     return state
+
+
+def check_vocab_size(vocab_size: int, smallest: int, reason: str) -> None:
+    """Raises ConfigError: a vocabulary to be trained that is smaller than it can be, or larger than any."""
+    if vocab_size < smallest:
+        raise ConfigError(f"vocab_size ({vocab_size}) must be at least {smallest}: {reason}")
+    if vocab_size > _MAX_VOCAB_SIZE:
+        raise ConfigError(
+            f"vocab_size ({vocab_size}) must be at most {_MAX_VOCAB_SIZE}; 30000 is much for one's own text"
+        )
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from llmforge.config import did_you_mean
 from llmforge.errors import ConfigError, ConvertError, DataError
-from llmforge.tokenizers.backend import BackendTokenizer, load_backend, state_of
+from llmforge.tokenizers.backend import BackendTokenizer, check_vocab_size, load_backend, state_of
 from llmforge.tokenizers.base import (
     END_OF_TEXT,
     NO_MERGE,
@@ -96,12 +96,9 @@ class BPETokenizer(BackendTokenizer):
             vocab_size: at most so many tokens; fewer where the texts have no more pairs that occur twice.
             pre_tokenizer: one of PRE_TOKENIZERS; "qwen2" cuts numbers into digits and is exact in llama.cpp in both directions.
         Raises:
-            ConfigError: vocab_size is too small, or there is no such pre-tokenizer.
+            ConfigError: vocab_size is too small or too large, or there is no such pre-tokenizer.
         """
-        if vocab_size < _MIN_VOCAB_SIZE:
-            raise ConfigError(
-                f"vocab_size ({vocab_size}) must be at least {_MIN_VOCAB_SIZE}: 256 bytes and {END_OF_TEXT}"
-            )
+        check_vocab_size(vocab_size, _MIN_VOCAB_SIZE, f"256 bytes and {END_OF_TEXT}")
         backend = _new_backend(pre_tokenizer, {}, [])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,

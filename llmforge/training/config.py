@@ -1,13 +1,44 @@
 """TrainConfig: what a training run is made of, beside the model and the data."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from llmforge.config import Config
 from llmforge.errors import ConfigError
 
+# Other defaults for models of another kind. bitnet: a learning rate above the float model's that falls to 0, more weight decay, and none
+# in the second half, in which the codes must settle ("The Era of 1-bit LLMs: Training Tips, Code and FAQ", microsoft/unilm); floats for the
+# first part (arXiv:2502.11895). Its two-stage schedule is for long runs: over some hundred steps it costs 0.014 nats (docs/ternary.md).
+RECIPES: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "bitnet": dict(
+        lr=2e-3,
+        min_lr=0.0,
+        schedule="linear",
+        weight_decay=0.3,
+        decay_weights_fraction=0.5,
+        quantize_after_fraction=0.3,
+    ),
+}
 
+_Class = TypeVar("_Class", bound=type)
+
+
+def _with_recipes(cls: _Class) -> _Class:
+    """Fields that are not given come from the recipe."""
+    init: Callable[..., None] = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def with_recipe(self: Any, **values: Any) -> None:
+        init(self, **{**RECIPES.get(values.get("recipe", "standard"), {}), **values})
+
+    cls.__init__ = with_recipe  # type: ignore[misc]
+    return cls
+
+
+@_with_recipes
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
     """Settings of one run. A step is one optimizer update; it reads micro_batch_size * grad_accum_steps sequences.
@@ -39,6 +70,27 @@ class TrainConfig(Config):
         # The smallest learns a book: few tokens per step, some epochs. The others want gigabytes of text and a GPU; learning rates
         # fall with the width as in GPT-3's table 2.1 (arXiv:2005.14165), half a million tokens per step.
         "llama-15m": dict(max_steps=3_000, micro_batch_size=8, lr=1e-3, betas=(0.9, 0.99)),
+        "bitnet-15m": dict(max_steps=3_000, micro_batch_size=8, betas=(0.9, 0.99), recipe="bitnet"),
+        "bit-gpt": dict(max_steps=5_000, micro_batch_size=8, betas=(0.9, 0.99), recipe="bitnet"),
+        "bitnet-42m": dict(
+            max_steps=20_000, micro_batch_size=16, grad_accum_steps=8, warmup_steps=500, recipe="bitnet"
+        ),
+        **{
+            name: dict(
+                max_steps=100_000,
+                micro_batch_size=8,
+                grad_accum_steps=accum,
+                lr=lr,
+                warmup_steps=2_000,
+                schedule="two-stage",
+                recipe="bitnet",
+            )
+            for name, accum, lr in (
+                ("bitnet-110m", 64, 2.4e-3),
+                ("bitnet-350m", 32, 1.5e-3),
+                ("bitnet-2b-4t", 16, 1.2e-3),  # the rates of the tips' table 2 from here on
+            )
+        },
         "llama-42m": dict(max_steps=20_000, micro_batch_size=16, grad_accum_steps=8, lr=1e-3, warmup_steps=500),
         **{
             name: dict(max_steps=100_000, micro_batch_size=8, grad_accum_steps=accum, lr=lr, warmup_steps=2_000)
@@ -60,12 +112,21 @@ class TrainConfig(Config):
     grad_accum_steps: int = 1  # micro-steps per step; the gradient does not depend on the split
     seq_len: int | None = None  # tokens per sequence; None = the model's context length
 
-    lr: float = 1e-3  # learning rate after the warm-up
+    # Other defaults of the fields below, where they are not given: "bitnet" for ternary models.
+    recipe: Literal["standard", "bitnet"] = "standard"
+    lr: float = 1e-3  # learning rate after the warm-up; bitnet: 2e-3
     min_lr: float | None = None  # learning rate at the end; None = lr / 10
     warmup_steps: int = 100  # linear, 0 -> lr
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up, lr -> min_lr
+    # After the warm-up, lr -> min_lr; bitnet: linear. "two-stage": straight down, from half of the steps on by a lower line.
+    schedule: Literal["cosine", "linear", "wsd", "constant", "two-stage"] = "cosine"
     decay_fraction: float = 0.2  # wsd only: the last part of the steps, in which lr falls
-    weight_decay: float = 0.1  # on matrices only; norms and biases never decay
+    second_stage_fraction: float = 2 / 3  # two-stage only: the lower line, as a part of the upper one
+    weight_decay: float = 0.1  # on matrices only; norms and biases never decay; bitnet: 0.3
+    decay_weights_fraction: float = 1.0  # the first part of the steps, in which weights decay; bitnet: 0.5
+    quantize_after_fraction: float = 0.0  # BitLinear: the first part of the steps, in which it is a float layer; bitnet: 0.3
+    quantize_warmup_steps: int = (
+        0  # BitLinear: steps after that over which the rounding grows, for models trained as floats
+    )
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW; 0.99 for the second when a step has few tokens
     grad_clip: float | None = 1.0  # largest global L2 norm of the gradient; None = never clip
 
@@ -81,6 +142,7 @@ class TrainConfig(Config):
     sample_every_steps: int | None = 250  # a text sample, where there is a tokenizer; None = never
     sample_prompt: str = ""  # beginning of the samples
     sample_tokens: int = 150  # length of the samples
+    diagnose_every_steps: int | None = 100  # BitLinear: what the codes do, into log.jsonl, with warnings; None = never
     save_every_steps: int | None = 500  # checkpoints; None = only the last
     keep_last: int = 2  # newest checkpoints to keep, beside the one with the best validation loss
     out_dir: str | None = None  # run folder; None = nothing is written
@@ -88,22 +150,42 @@ class TrainConfig(Config):
     def __post_init__(self) -> None:
         at_least_one = ["max_steps", "micro_batch_size", "grad_accum_steps", "seq_len", "log_every_steps", "keep_last"]
         at_least_one += ["eval_every_steps", "eval_batches", "sample_every_steps", "sample_tokens", "save_every_steps"]
+        at_least_one += ["diagnose_every_steps"]
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} ({value}) must be at least 1")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"warmup_steps ({self.warmup_steps}) must be 0 (no warm-up) or more")
+        for name in ("warmup_steps", "quantize_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} ({getattr(self, name)}) must be 0 (no warm-up) or more")
+        if self.recipe not in RECIPES:
+            raise ConfigError(f"recipe ({self.recipe!r}) must be one of {', '.join(map(repr, RECIPES))}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed ({self.seed}) must be between 0 and {2**32 - 1}")
         if not 0.0 < self.lr < 10.0:
             raise ConfigError(f"lr ({self.lr}) must be above 0 and below 10; 1e-3 suits small models")
         if self.min_lr is not None and not 0.0 <= self.min_lr <= self.lr:
             raise ConfigError(f"min_lr ({self.min_lr}) must be between 0 and lr ({self.lr})")
-        if self.schedule not in ("cosine", "linear", "wsd", "constant"):
-            raise ConfigError(f"schedule ({self.schedule!r}) must be 'cosine', 'linear', 'wsd' or 'constant'")
-        if not 0.0 < self.decay_fraction <= 1.0:
-            raise ConfigError(f"decay_fraction ({self.decay_fraction}) must be above 0 and at most 1")
+        if self.schedule not in ("cosine", "linear", "wsd", "constant", "two-stage"):
+            raise ConfigError(
+                f"schedule ({self.schedule!r}) must be 'cosine', 'linear', 'wsd', 'constant' or 'two-stage'"
+            )
+        for name in ("decay_fraction", "second_stage_fraction"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} ({getattr(self, name)}) must be above 0 and at most 1")
+        if not 0.0 <= self.decay_weights_fraction <= 1.0:
+            raise ConfigError(f"decay_weights_fraction ({self.decay_weights_fraction}) must be between 0 and 1")
+        if not 0.0 <= self.quantize_after_fraction < 1.0:
+            raise ConfigError(
+                f"quantize_after_fraction ({self.quantize_after_fraction}) must be at least 0 and below 1: the model must "
+                "train with what it will run with"
+            )
+        ramp = round(self.quantize_after_fraction * self.max_steps) + self.quantize_warmup_steps
+        if self.quantize_warmup_steps and ramp >= self.max_steps:
+            raise ConfigError(
+                f"quantize_warmup_steps ({self.quantize_warmup_steps}) end at step {ramp}, not before max_steps "
+                f"({self.max_steps}): the model would never train as it will run"
+            )
         if self.weight_decay < 0.0:
             raise ConfigError(f"weight_decay ({self.weight_decay}) must be 0 (off) or more")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):

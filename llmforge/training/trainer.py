@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmforge.errors import CheckpointError, ConfigError, DataError
 from llmforge.generation import generate_text
+from llmforge.nn import bit_linears, constant_weights, set_quantization_
 from llmforge.tokenizers import Tokenizer
 from llmforge.training.checkpoint import (
     TrainerState,
@@ -32,7 +33,8 @@ from llmforge.training.loss import LossFunction, next_token_loss
 from llmforge.training.metrics import EvalMetrics, RunLog, StepMetrics, TrainResult
 from llmforge.training.optim import build_optimizer
 from llmforge.training.progress import Progress
-from llmforge.training.schedule import learning_rate
+from llmforge.training.schedule import learning_rate, quantization_strength, weight_decay_applies
+from llmforge.training.ternary import TernaryDiagnosis
 
 
 class Dataset(Protocol):
@@ -90,11 +92,17 @@ class Trainer:
         self.step = 0  # steps done
         self.last_eval: EvalMetrics | None = None
         self._params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._weight_decays = [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
+        self._has_bit_linears = bool(bit_linears(model))
         self._check()
         if config.compile:
             model.compile()  # in place: no _orig_mod. prefix reaches a file
 
     def _check(self) -> None:
+        if not self._has_bit_linears and quantization_strength(0, self.config) < 1:
+            raise ConfigError(
+                "quantize_after_fraction and quantize_warmup_steps are for models with BitLinear layers, and this one has none"
+            )
         context = getattr(self.model, "context_length", self.seq_len)
         if self.seq_len > context:
             raise ConfigError(f"seq_len ({self.seq_len}) exceeds the model's context ({context}); lower it")
@@ -131,11 +139,16 @@ class Trainer:
         lr = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if config.decay_weights_fraction < 1:
+            decays = weight_decay_applies(self.step, config)
+            for group, weight_decay in zip(self.optimizer.param_groups, self._weight_decays, strict=False):
+                group["weight_decay"] = weight_decay if decays else 0.0
+        self._set_quantization(quantization_strength(self.step, config))
         self.model.train()
         rows = config.micro_batch_size * config.grad_accum_steps
         batch = self.train_data.batch(self.step, batch_size=rows, seq_len=self.seq_len, seed=config.seed)
         num_tokens = batch[0].numel()
-        with _own_randomness(config.seed, self.step, self.device):
+        with _own_randomness(config.seed, self.step, self.device), constant_weights():
             loss_sum, num_targets = self._accumulate_gradients(batch, num_tokens)
         # The gradient so far is that of loss_sum / num_tokens; what is wanted is the mean over the targets.
         num_targets = num_targets.clamp(min=1)
@@ -178,6 +191,10 @@ class Trainer:
         torch._foreach_mul_(grads, factor)
         return norm
 
+    def _set_quantization(self, strength: float) -> None:
+        if self._has_bit_linears:
+            set_quantization_(self.model, strength)
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
@@ -201,13 +218,14 @@ class Trainer:
             if not isinstance(data, Sized):
                 raise ConfigError("eval_batches must be set: this data does not say how long it is")
             batches = max(1, (len(data) - 1) // self.seq_len // size)
-        loss_sum, num_targets = 0.0, 0
+        loss_sum, num_targets, weights = 0.0, 0, constant_weights()
         was_training = self.model.training
         self.model.eval()
+        self._set_quantization(1.0)  # as it will run
         try:
             for number in range(batches):
                 batch = data.batch(number, batch_size=size, seq_len=self.seq_len, seed=0)
-                with self._autocast():
+                with self._autocast(), weights:
                     micro_sum, micro_targets = self.loss_fn(self.model, [part.to(self.device) for part in batch])
                 loss_sum += micro_sum.item()
                 num_targets += int(micro_targets)
@@ -225,6 +243,7 @@ class Trainer:
         """A text of the model as it is now, from its own source of randomness: sampling does not change the run."""
         if self.tokenizer is None:
             raise ConfigError("a sample needs a tokenizer; pass it to the Trainer")
+        self._set_quantization(1.0)
         with self._autocast():
             return generate_text(
                 self.model,
@@ -286,7 +305,7 @@ class Trainer:
     def _warn_of_differences(self, state: TrainerState) -> None:
         own = self.config.to_dict()
         no_effect = {"out_dir", "keep_last", "device", "compile"}
-        no_effect |= {name for name in own if name.startswith(("log_", "eval_", "sample_", "save_"))}
+        no_effect |= {name for name in own if name.startswith(("log_", "eval_", "sample_", "save_", "diagnose_"))}
         changed = [
             f"{name} {state.settings[name]!r} -> {value!r}"
             for name, value in own.items()
@@ -314,6 +333,7 @@ class Trainer:
         metrics: StepMetrics | None = None
         checkpoint: Path | None = None
         best_loss, best_step = self._best_so_far()
+        diagnosis = TernaryDiagnosis(self.model, max_steps=self.config.max_steps) if self._has_bit_linears else None
         log = RunLog(self.out_dir / "log.jsonl" if self.out_dir is not None else None, after_step=self.step)
         screen = Progress(total=self.config.max_steps, initial=self.step, enabled=progress)
         try:
@@ -324,6 +344,8 @@ class Trainer:
                     last = metrics.step == self.config.max_steps
                     if last or metrics.step % self.config.log_every_steps == 0:
                         self._log_step(log, metrics)
+                    if diagnosis is not None and self._due(self.config.diagnose_every_steps):
+                        log.write(step=self.step, ternary=self._diagnose(diagnosis))
                     improved = False
                     if self.val_data is not None and (last or self._due(self.config.eval_every_steps)):
                         evaluation = self.evaluate()
@@ -360,6 +382,20 @@ class Trainer:
             stopped_by=stop.requested if self.step < self.config.max_steps else None,
             checkpoint=checkpoint,
         )
+
+    def _diagnose(self, diagnosis: TernaryDiagnosis) -> dict[str, dict[str, float]]:
+        """How the ternary layers do on the first sequence of this step's batch."""
+        batch = self.train_data.batch(self.step, batch_size=1, seq_len=self.seq_len, seed=self.config.seed)
+        was_training = self.model.training
+        self.model.eval()
+        self._set_quantization(1.0)
+        try:
+            with self._autocast():
+                return diagnosis.observe(
+                    self.step, lambda: self.loss_fn(self.model, [part.to(self.device) for part in batch])
+                )
+        finally:
+            self.model.train(was_training)
 
     def check_out_dir(self) -> None:
         """Refuse to begin a run in a folder that holds another one's checkpoints.
