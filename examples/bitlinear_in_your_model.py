@@ -52,7 +52,10 @@ tokenizer = lf.CharTokenizer.from_text_file(args.text)
 train_data, val_data = lf.TokenDataset.from_text_file(args.text, tokenizer).split(val_fraction=0.1)
 
 losses = {}
-for kind, settings in {"float": {"lr": 2e-3, "schedule": "linear", "min_lr": 0.0}, "ternary": {"recipe": "bitnet"}}.items():
+for kind, settings in {
+    "float": {"lr": 2e-3, "schedule": "linear", "min_lr": 0.0},
+    "ternary": {"recipe": "bitnet"},
+}.items():
     torch.manual_seed(0)
     model = ConvolutionalModel(tokenizer.vocab_size)
     if kind == "ternary":

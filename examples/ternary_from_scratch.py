@@ -44,6 +44,8 @@ trainer.train()
 
 lf.export_hf(model, tokenizer, f"{args.out}/hf", overwrite=True)  # packed: two bits per weight
 report = lf.export_gguf(model, tokenizer, f"{args.out}/model.gguf", file_type="TQ2_0")
-print(f"wrote {args.out}/hf and {report.path}: {report.bits_per_weight:.2f} bits per weight with all that is in the file")
+print(
+    f"wrote {args.out}/hf and {report.path}: {report.bits_per_weight:.2f} bits per weight with all that is in the file"
+)
 if importlib.util.find_spec("llama_cpp") is not None:
     print(lf.verify_gguf(report.path, model, tokenizer))

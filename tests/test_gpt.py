@@ -169,7 +169,10 @@ def test_layer_norm_matches_torch():
         (dict(n_layer=0), r"n_layer \(0\) must be at least 1"),
         (dict(vocab_size=0), r"vocab_size \(0\) must be at least 1"),
         (dict(dropout=1.0), r"dropout \(1.0\) must be at least 0 and below 1"),
-        (dict(activation_function="swish"), "activation_function must be one of 'gelu_new', 'gelu', 'relu', got 'swish'"),
+        (
+            dict(activation_function="swish"),
+            "activation_function must be one of 'gelu_new', 'gelu', 'relu', got 'swish'",
+        ),
     ],
 )
 def test_an_impossible_shape_is_refused(change, message):

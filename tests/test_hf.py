@@ -246,7 +246,10 @@ def test_only_a_hugging_face_folder_is_overwritten(tmp_path):
         (dict(add_cross_attention=True), "sets add_cross_attention to True"),
         (dict(layer_norm_epsilon=1e-6), "sets layer_norm_epsilon to 1e-06, .* it must be 1e-05"),
         (dict(n_inner=100), r"n_inner \(100\) must be 4 \* n_embd \(192\)"),
-        (dict(activation_function="swish"), "activation_function must be one of 'gelu_new', 'gelu', 'relu', got 'swish'"),
+        (
+            dict(activation_function="swish"),
+            "activation_function must be one of 'gelu_new', 'gelu', 'relu', got 'swish'",
+        ),
         (dict(quantization_config={"bits": 4}), r"sets quantization_config to {'bits': 4}"),
         (dict(pruned_heads={"0": [1]}), "sets pruned_heads to"),
         (dict(n_embd="wide"), "n_embd must be a whole number, got 'wide'"),

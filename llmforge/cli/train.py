@@ -56,7 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of a ternary model: train the same model as floats, too, on the same tokens, and report the gap",
     )
-    parser.add_argument("--twin-lr", type=float, metavar="X", help="learning rate of the twin (default: half of the model's)")
+    parser.add_argument(
+        "--twin-lr",
+        type=float,
+        metavar="X",
+        help="learning rate of the twin (default: 1e-3, or the model's if that is lower)",
+    )
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
 
 

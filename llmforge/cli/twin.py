@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from llmforge.tokenizers import Tokenizer
     from llmforge.training import Trainer
 
-LR_RATIO = 2.0  # ternary weights want a learning rate so many times as high: benchmarks/results/ternary-quality-*.json
+FLOAT_LR = 1e-3  # the best one of small float models: benchmarks/results/ternary-quality-*.json
 
 
 def twin_of(config: "RunConfig", lr: float | None = None) -> "RunConfig":
     """The run of the float twin: same text, tokens, batches and seed, with a learning rate and a schedule for floats.
 
     Args:
-        lr: its learning rate; None = that of the ternary run / LR_RATIO.
+        lr: its learning rate; None = FLOAT_LR, or that of the ternary run if it is lower.
     Raises:
         ConfigError: the model has no twin, or nothing to compare by.
     """
@@ -38,7 +38,7 @@ def twin_of(config: "RunConfig", lr: float | None = None) -> "RunConfig":
         raise ConfigError("--twin needs a run folder; set out_dir")
     train = config.train.to_dict()
     schedule = {"two-stage": "linear"}.get(config.train.schedule, config.train.schedule)
-    train |= {"recipe": "standard", "schedule": schedule, "lr": lr or config.train.lr / LR_RATIO, "min_lr": 0.0}
+    train |= {"recipe": "standard", "schedule": schedule, "lr": lr or min(FLOAT_LR, config.train.lr), "min_lr": 0.0}
     train |= {"decay_weights_fraction": 1.0, "quantize_after_fraction": 0.0, "quantize_warmup_steps": 0}
     if config.train.recipe == "bitnet" and train["weight_decay"] == RECIPES["bitnet"]["weight_decay"]:
         train["weight_decay"] = 0.1  # the float model's default

@@ -70,10 +70,11 @@ class TrainConfig(Config):
         # The smallest learns a book: few tokens per step, some epochs. The others want gigabytes of text and a GPU; learning rates
         # fall with the width as in GPT-3's table 2.1 (arXiv:2005.14165), half a million tokens per step.
         "llama-15m": dict(max_steps=3_000, micro_batch_size=8, lr=1e-3, betas=(0.9, 0.99)),
-        "bitnet-15m": dict(max_steps=3_000, micro_batch_size=8, betas=(0.9, 0.99), recipe="bitnet"),
-        "bit-gpt": dict(max_steps=5_000, micro_batch_size=8, betas=(0.9, 0.99), recipe="bitnet"),
+        # With thousands of tokens the best rate is the float model's; the recipe's is for characters.
+        "bitnet-15m": dict(max_steps=3_000, micro_batch_size=8, lr=1e-3, betas=(0.9, 0.99), recipe="bitnet"),
+        "bit-gpt": dict(max_steps=5_000, micro_batch_size=8, lr=1e-3, betas=(0.9, 0.99), recipe="bitnet"),
         "bitnet-42m": dict(
-            max_steps=20_000, micro_batch_size=16, grad_accum_steps=8, warmup_steps=500, recipe="bitnet"
+            max_steps=20_000, micro_batch_size=16, grad_accum_steps=8, lr=1e-3, warmup_steps=500, recipe="bitnet"
         ),
         **{
             name: dict(
@@ -123,7 +124,8 @@ class TrainConfig(Config):
     second_stage_fraction: float = 2 / 3  # two-stage only: the lower line, as a part of the upper one
     weight_decay: float = 0.1  # on matrices only; norms and biases never decay; bitnet: 0.3
     decay_weights_fraction: float = 1.0  # the first part of the steps, in which weights decay; bitnet: 0.5
-    quantize_after_fraction: float = 0.0  # BitLinear: the first part of the steps, in which it is a float layer; bitnet: 0.3
+    # BitLinear: the first part of the steps, in which it is a float layer; bitnet: 0.3.
+    quantize_after_fraction: float = 0.0
     quantize_warmup_steps: int = (
         0  # BitLinear: steps after that over which the rounding grows, for models trained as floats
     )
