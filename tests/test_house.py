@@ -20,7 +20,7 @@ ALLOWED = {
     "formats": {"quant"},
     "tokenizers": {"formats"},
     "nn": {"quant"},
-    "models": {"nn", "quant"},
+    "models": {"nn"},
     "data": {"tokenizers", "formats"},
     "generation": {"nn", "tokenizers"},
     "training": {"nn", "data", "formats", "tokenizers", "generation"},

@@ -221,6 +221,13 @@ def test_without_the_kernel_a_packed_layer_still_computes(monkeypatch):
             assert torch.equal(two(x), one(x))
 
 
+@torch.no_grad()
+def test_the_kernel_gets_no_pointers_of_another_device(monkeypatch):
+    monkeypatch.setattr(packed, "ternary_kernel", lambda: pytest.fail("the kernel was asked"))
+    monkeypatch.setattr(packed, "unpack_2bit", lambda codes: codes.new_zeros(40, 768))  # its check needs values
+    assert PackedBitLinear(layer()).to("meta")(torch.randn(3, 768, device="meta")).shape == (3, 40)
+
+
 # --- Whole models
 
 

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from llmforge.errors import ConfigError
 from llmforge.models.llama import Attention, Block, Llama, LlamaConfig
-from llmforge.nn import BitLinear, RMSNorm, SwiGLU, nearest_multiples, replace_linear_
-from llmforge.quant.ternary import GROUP
+from llmforge.nn import BitLinear, RMSNorm, SwiGLU, check_ternary_width, replace_linear_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +69,9 @@ class BitNetConfig(LlamaConfig):
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size"):
-            _check_width(name, getattr(self, name))
+            check_ternary_width(name, getattr(self, name))
         super().__post_init__()
-        _check_width("num_attention_heads * head_dim", self.num_attention_heads * self.head_width)
+        check_ternary_width("num_attention_heads * head_dim", self.num_attention_heads * self.head_width)
         for name in ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm", "sliding_window"):
             if getattr(self, name):
                 raise ConfigError(f"{name} ({getattr(self, name)}) is not for BitNet, which no engine runs with it")
@@ -98,13 +97,6 @@ class BitNetConfig(LlamaConfig):
             return self.replace(quantized=False)
         names = [field.name for field in fields(LlamaConfig)]
         return LlamaConfig.from_dict({name: value for name, value in self.to_dict().items() if name in names})
-
-
-def _check_width(name: str, width: int) -> None:
-    if width % GROUP:
-        raise ConfigError(
-            f"{name} ({width}) must be a multiple of {GROUP}, the block of ternary weights in a GGUF; {nearest_multiples(width, GROUP)}"
-        )
 
 
 class SubNormAttention(Attention):

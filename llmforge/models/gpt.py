@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from llmforge.errors import ConfigError
 from llmforge.models.base import LanguageModel, ModelConfig
-from llmforge.nn import BitLinear, KVCache, LayerNorm, causal_attention, nearest_multiples, replace_linear_
-from llmforge.quant.ternary import GROUP
+from llmforge.nn import BitLinear, KVCache, LayerNorm, causal_attention, check_ternary_width, replace_linear_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +88,8 @@ class GPTConfig(ModelConfig):
             )
         if self.act_quant not in ("token", "group", "none"):
             raise ConfigError(f"act_quant ({self.act_quant!r}) must be 'token', 'group' or 'none'")
-        if self.ternary and self.n_embd % GROUP:
-            raise ConfigError(
-                f"n_embd ({self.n_embd}) must be a multiple of {GROUP}, the block of ternary weights in a GGUF; "
-                f"{nearest_multiples(self.n_embd, GROUP)}"
-            )
+        if self.ternary:
+            check_ternary_width("n_embd", self.n_embd)
 
     def float_twin(self) -> "GPTConfig | None":
         """The same model with float weights and activations; None = it has them already."""

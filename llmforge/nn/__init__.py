@@ -5,7 +5,7 @@ values, D head width, F feed-forward width, V vocabulary.
 """
 
 from llmforge.nn.attention import attention_mask, causal_attention
-from llmforge.nn.bitlinear import BitLinear, bit_linears, constant_weights, nearest_multiples, set_quantization_
+from llmforge.nn.bitlinear import BitLinear, bit_linears, check_ternary_width, constant_weights, set_quantization_
 from llmforge.nn.kv_cache import KVCache, StaticKVCache
 from llmforge.nn.mlp import SwiGLU
 from llmforge.nn.norm import LayerNorm, RMSNorm
@@ -26,8 +26,8 @@ __all__ = [
     "attention_mask",
     "bit_linears",
     "causal_attention",
+    "check_ternary_width",
     "constant_weights",
-    "nearest_multiples",
     "pack_",
     "replace_linear_",
     "rope_angles",

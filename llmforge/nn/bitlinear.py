@@ -63,7 +63,7 @@ class BitLinear(nn.Linear):
             if size is not None and (size < 1 or in_features % size):
                 raise ConfigError(
                     f"{name} makes groups of {size}, which do not divide in_features ({in_features}); "
-                    f"{nearest_multiples(in_features, max(size, 1))}"
+                    f"{_nearest(in_features, max(size, 1))}"
                 )
         self.act_quant, self.group_size, self.scale_dtype = act_quant, group_size, scale_dtype
         self.rms_norm = RMSNorm(in_features) if norm else None
@@ -198,7 +198,18 @@ def set_quantization_(model: nn.Module, strength: float) -> list[str]:
     return list(layers)
 
 
-def nearest_multiples(size: int, unit: int) -> str:
-    """The end of an error about a size that must be a multiple of `unit`."""
+def check_ternary_width(name: str, width: int) -> None:
+    """Refuse a width of matrices that a GGUF could not hold as ternary ones.
+
+    Raises:
+        ConfigError: it is no multiple of 256; with the nearest that are.
+    """
+    if width % GROUP:
+        raise ConfigError(
+            f"{name} ({width}) must be a multiple of {GROUP}, the block of ternary weights in a GGUF; {_nearest(width, GROUP)}"
+        )
+
+
+def _nearest(size: int, unit: int) -> str:
     below = size // unit * unit
     return f"the nearest are {below} and {below + unit}" if below else f"the nearest is {unit}"
