@@ -474,3 +474,11 @@ def test_seeds_and_sampling_are_those_of_the_model():
     expected = generate(model, idx, max_new_tokens=20, seed=5, temperature=0.8)
     pack_(model)
     assert torch.equal(generate(model, idx, max_new_tokens=20, seed=5, temperature=0.8), expected)
+
+
+@needs_kernel
+def test_packed_weights_count_as_parameters():
+    model = toy()
+    before = model.num_params()
+    pack_(model)
+    assert model.num_params() == before > sum(p.numel() for p in model.parameters())

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from llmforge.config import Config
-from llmforge.nn import KVCache
+from llmforge.nn import KVCache, PackedBitLinear
 
 
 class ModelConfig(Config):
@@ -39,8 +39,9 @@ class LanguageModel(nn.Module, ABC):
         return logits
 
     def num_params(self) -> int:
-        """Number of trainable and frozen weights, shared ones counted once."""
-        return sum(p.numel() for p in self.parameters())
+        """Number of trainable, frozen and packed weights, shared ones counted once."""
+        packed = sum(module.num_weights for module in self.modules() if isinstance(module, PackedBitLinear))
+        return packed + sum(p.numel() for p in self.parameters())
 
     @abstractmethod
     def flops_per_token(self, seq_len: int | None = None) -> int:
