@@ -160,9 +160,11 @@ class TernaryLlama(HFLlama):
         return {**values, "act_quant": "group"}, tensors
 
 
-class HFBitNet(TernaryLlama):
-    """The rows of BitNet with sub-norms."""
+class _SubNorms(HFLlama):
+    """What BitNets with sub-norms share, ternary or not: names, defaults, and the limits of llama.cpp's arch bitnet."""
 
+    model_class = BitNet
+    config_class = BitNetConfig
     hf_model_type = "bitnet"
     hf_architecture = "BitNetForCausalLM"
     hf_fields: ClassVar = {
@@ -177,14 +179,29 @@ class HFBitNet(TernaryLlama):
         "rope_theta": ("rope_theta", 500_000.0),
         "hidden_act": ("hidden_act", "relu2"),
     }
-    hf_fixed: ClassVar = {}
-    implied: ClassVar = {"sub_norm": True}
+    hf_fixed: ClassVar = {"attention_bias": False}
     gguf_arch = "bitnet"
     gguf_names: ClassVar = {
         **GGUF_NAMES,
         "self_attn.attn_sub_norm": "attn_sub_norm",
         "mlp.ffn_sub_norm": "ffn_sub_norm",
     }
+
+    def to_gguf(self, config: Any, tensors: Tensors) -> tuple[Any, Tensors, list[str]]:
+        _check_arch_bitnet(config)
+        return super().to_gguf(config, tensors)
+
+    def from_gguf(
+        self, values: dict[str, Any], metadata: dict[str, Any], tensors: Tensors
+    ) -> tuple[dict[str, Any], Tensors]:
+        _check_bitnet_file(metadata, tensors)
+        return super().from_gguf(values, metadata, tensors)
+
+
+class HFBitNet(_SubNorms, TernaryLlama):
+    """The rows of BitNet with sub-norms."""
+
+    implied: ClassVar = {"sub_norm": True}
 
     def reads_hf(self, values: Mapping[str, Any]) -> bool:
         return values.get("model_type") == self.hf_model_type
@@ -206,29 +223,11 @@ class HFBitNet(TernaryLlama):
             raise ConvertError(f"quantization_config ({shown(values['quantization_config'])}) must be that of bitnet")
         return super().config_from_hf(values)
 
-    def to_gguf(self, config: Any, tensors: Tensors) -> tuple[Any, Tensors, list[str]]:
-        _check_arch_bitnet(config)
-        return super().to_gguf(config, tensors)
 
-    def from_gguf(
-        self, values: dict[str, Any], metadata: dict[str, Any], tensors: Tensors
-    ) -> tuple[dict[str, Any], Tensors]:
-        _check_bitnet_file(metadata, tensors)
-        return super().from_gguf(values, metadata, tensors)
-
-
-class FloatBitNet(HFLlama):
+class FloatBitNet(_SubNorms):
     """The rows of a BitNet with sub-norms that is not quantized: the float twin of the other."""
 
-    model_class = BitNet
-    config_class = BitNetConfig
-    hf_model_type = HFBitNet.hf_model_type
-    hf_architecture = HFBitNet.hf_architecture
-    hf_fields: ClassVar = HFBitNet.hf_fields
-    hf_fixed: ClassVar = {}
     implied: ClassVar = {"sub_norm": True, "quantized": False}
-    gguf_arch = HFBitNet.gguf_arch
-    gguf_names: ClassVar = HFBitNet.gguf_names
 
     def expresses(self, config: Any) -> bool:
         return not config.quantized
@@ -243,16 +242,6 @@ class FloatBitNet(HFLlama):
         self, config: BitNetConfig, tensors: Tensors, ternary: str
     ) -> tuple[BitNetConfig, Tensors, dict[str, Any], list[str]]:
         return config, tensors, {"quantization_config": None}, []
-
-    def to_gguf(self, config: Any, tensors: Tensors) -> tuple[Any, Tensors, list[str]]:
-        _check_arch_bitnet(config)
-        return super().to_gguf(config, tensors)
-
-    def from_gguf(
-        self, values: dict[str, Any], metadata: dict[str, Any], tensors: Tensors
-    ) -> tuple[dict[str, Any], Tensors]:
-        _check_bitnet_file(metadata, tensors)
-        return super().from_gguf(values, metadata, tensors)
 
 
 def ternary_types(file_type: str) -> dict[str, str]:
