@@ -89,12 +89,24 @@ def test_documented_commands_run(page, text, tmp_path):
         (ROOT / page).read_text(encoding="utf-8"),
         re.MULTILINE,
     )
-    assert [command for command, _ in commands] == ["train", "train", "generate", "export", "verify", "export"]
+    ternary = ["train", "export"] if page == "README.md" else []
+    assert [command for command, _ in commands] == [
+        "train",
+        "train",
+        "generate",
+        "export",
+        "verify",
+        *ternary,
+        "export",
+    ]
     for command, arguments in commands:
         for base in ("path/to/base", "carpeta-del-modelo"):  # any model will do
             arguments = arguments.replace(base, "runs/quijote")
         words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', arguments)]
-        if command == "train" and "--resume" not in words:
+        if "--twin" in words:
+            words += ["--steps", "3", "--vocab-size", "300", "--set", "device=cpu", "--set", "num_hidden_layers=1"]
+            words += ["--set", "hidden_size=256", "--set", "intermediate_size=256", "--set", "num_attention_heads=4"]
+        elif command == "train" and "--resume" not in words:
             words += ["--steps", "3", "--set", "device=cpu", "--preset", "char-gpt-cpu"]
         run("-m", "llmforge", command, *words, cwd=tmp_path)
 

@@ -377,7 +377,7 @@ def test_the_ways_to_ask_for_it(text_file, tmp_path, capsys):
         (["--tokenizer", "wordpiece", "--vocab-size", "20"], r"vocab_size (20) must be at least "),
         (["--tokenizer", "wordpiece", "--vocab-size", "9999999"], "vocab_size (9999999) must be at most 1048576"),
         (["--tokenizer", "gpt2", "--vocab-size", "20"], "--vocab-size is for --tokenizer bpe or wordpiece"),
-        (["--set", "tokenizer.kind=wordpieces"], "'char', 'bpe', 'wordpiece', 'gpt2', got 'wordpieces'"),
+        (["--set", "tokenizer.kind=wordpieces"], "'char', 'bpe', 'wordpiece', 'gpt2', 'file', got 'wordpieces'"),
     ],
 )
 def test_bad_requests_end_in_one_message(text_file, tmp_path, capsys, arguments, message):
