@@ -186,3 +186,19 @@ def test_quantization_script_and_quality_benchmark(text, tmp_path, monkeypatch):
     run(ROOT / "benchmarks" / "quantization_quality.py", "runs/q", text, *few, cwd=tmp_path)
     result = json.loads((tmp_path / "quantization-quality.json").read_text(encoding="utf-8"))
     assert list(result["types"]) == ["Q8_0", "Q2_K", "Q2_K with importance"]
+
+
+def test_ternary_benchmarks(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMFORGE_BENCHMARK_RESULTS", str(tmp_path))
+    arguments = [text, "--name", "toy", "--layers", 1, "--steps", 2, "--seq-len", 16, "--seeds", 0, 1, "--lr", "1e-3"]
+    run(ROOT / "benchmarks" / "ternary_quality.py", *arguments, "--keep", "runs", cwd=tmp_path)
+    result = json.loads((tmp_path / "ternary-quality-toy.json").read_text(encoding="utf-8"))
+    assert list(result["kinds"]) == ["float", "guide", "canonical", "ours"]
+    losses = [result["kinds"][kind]["losses"] for kind in ("ours", "float")]
+    gaps = [losses[0][seed] - losses[1][seed] for seed in ("0", "1")]
+    assert abs(result["kinds"]["ours"]["gap"] - sum(gaps) / 2) < 1e-6
+    runs = [f"runs/toy-{kind}-0.001-0" for kind in ("float", "ours")]
+    run(ROOT / "benchmarks" / "ternary_pareto.py", text, *runs, "--plot", "front.png", cwd=tmp_path)
+    points = json.loads((tmp_path / "ternary-pareto.json").read_text(encoding="utf-8"))["points"]
+    assert [point["file_type"] for point in points] == ["F16", "Q8_0", "Q4_K_M", "TQ2_0"]
+    assert (tmp_path / "front.png").stat().st_size > 0
