@@ -58,9 +58,9 @@ def train_twin(trainer: "Trainer", config: "RunConfig", tokenizer: "Tokenizer", 
     twin.resume()
     result = run_trainer(twin, twin_config)
     if result.stopped_by is not None:
-        stopped(result, twin)
+        code = stopped(result, twin)
         print(f"         then: {program()} train --resume {trainer.out_dir} --twin")
-        return 130 if result.stopped_by == "SIGINT" else 143
+        return code
     ternary, floats = trainer.evaluate(), twin.evaluate()
     gap = ternary.loss - floats.loss
     report = {

@@ -253,13 +253,13 @@ def ternary_types(file_type: str) -> dict[str, str]:
 def ternary_notes(file_type: str, act_quant: str, scale_dtype: str) -> list[str]:
     """In what the file of a ternary model differs from its training."""
     trained = {"token": "per token", "group": "per 256 values", "none": "not at all"}[act_quant]
-    ternary = file_type in ("TQ1_0", "TQ2_0")
+    ternary, floats = file_type in ("TQ1_0", "TQ2_0"), file_type in ("F32", "F16", "BF16")
     notes = []
     if ternary and act_quant != "group":
         notes.append(f"llama.cpp rounds activations per 256 values here; in training they were rounded {trained}")
-    elif not ternary and file_type != "Q8_0" and act_quant != "none" and file_type in ("F32", "F16", "BF16"):
+    if floats and act_quant != "none":
         notes.append(f"llama.cpp does not round activations with {file_type}; in training they were rounded {trained}")
-    elif not ternary and file_type not in ("F32", "F16", "BF16"):
+    if not ternary and not floats:
         notes.append(
             f"{file_type} rounds ternary weights once more; TQ2_0 holds them exactly, and is smaller and faster"
         )
