@@ -24,8 +24,9 @@ ALLOWED = {
     "data": {"tokenizers", "formats"},
     "generation": {"nn", "tokenizers"},
     "training": {"nn", "data", "formats", "tokenizers", "generation"},
-    "convert": {"models", "nn", "training", "tokenizers", "formats", "quant"},
-    "deploy": {"convert", "generation", "models", "tokenizers", "formats", "quant"},
+    "finetune": {"nn", "quant", "formats", "tokenizers"},
+    "convert": {"models", "finetune", "nn", "training", "tokenizers", "formats", "quant"},
+    "deploy": {"convert", "training", "generation", "data", "models", "tokenizers", "formats", "quant"},
 }
 
 
