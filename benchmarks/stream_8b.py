@@ -68,13 +68,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("stream-8b"), help="a new folder for 35 GB")
     parser.add_argument("--preset", default="llama-3-8b", help="of LlamaConfig; a smaller one to try the script")
+    parser.add_argument("--layers", type=int, help="fewer than the preset's, to try the script: the result is not kept")
     parser.add_argument("--load", action="store_true", help="also load the model on the CPU in bfloat16")
     parser.add_argument("--repeat", type=int, default=2)
     args = parser.parse_args()
     args.out.mkdir(parents=True)
     try:
         folder = args.out / "base"
-        largest = make_checkpoint(folder, args.preset)
+        largest = make_checkpoint(folder, args.preset, layers=args.layers)
         total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         names = ["copy", "meta", "gguf", "hf", *(["load"] if args.load else [])]
         results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -96,6 +97,8 @@ def main() -> None:
         copy = summary["copy"]["seconds"]["median"]
         for name in ("gguf", "hf"):
             summary[name]["time_relative_to_copy"] = round(summary[name]["seconds"]["median"] / copy, 3)
+        if args.layers is not None:
+            return
         machine.write(
             f"stream-{args.preset}",
             {
@@ -110,11 +113,13 @@ def main() -> None:
         shutil.rmtree(args.out)
 
 
-def make_checkpoint(folder: Path, preset: str) -> int:
+def make_checkpoint(folder: Path, preset: str, *, layers: int | None = None) -> int:
     """Write the shards, config.json and a tokenizer; returns the bytes of the largest tensor."""
     folder.mkdir()
     tokenizer = BPETokenizer.from_texts(["In a hole in the ground " * 9], vocab_size=300)
     config = LlamaConfig.preset(preset)
+    if layers is not None:
+        config = config.replace(num_hidden_layers=layers)
     with torch.device("meta"):
         model = Llama(config)
     block = torch.randn(1 << 22).bfloat16() * 0.02

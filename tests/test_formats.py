@@ -154,6 +154,60 @@ def test_a_lazy_tensor_knows_what_a_change_makes_of_it_without_reading():
     assert LazyTensor.of(torch.ones(2, 6)).then(lambda t: 2 * t).then(lambda t: t[0]).read().tolist() == [2] * 6
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (2, 3, 4), (0, 4), (3, 0)])
+@pytest.mark.parametrize("max_bytes", [1, 40, 1 << 20])
+def test_the_blocks_of_a_tensor_are_its_rows(tmp_path, shape, max_bytes):
+    values = torch.randn(shape)
+    write_safetensors(tmp_path, lazy({"a": values}))
+    stored = read_safetensors(tmp_path)["a"]
+    whole = LazyTensor(shape, torch.float32, lambda: values)
+    for tensor in (
+        stored,
+        LazyTensor.of(values),
+        whole,
+        stored.then(lambda t: 2 * t, by_row=True).then(lambda t: t / 2),
+    ):
+        blocks = list(tensor.blocks(max_bytes=max_bytes))
+        assert torch.equal(torch.cat([block.flatten() for block in [torch.empty(0), *blocks]]), values.flatten())
+        assert all(block.nbytes <= max(max_bytes, 4 * tensor.row_length) for block in blocks)
+        if values.numel():
+            rows = values.reshape(-1, tensor.row_length)
+            assert torch.equal(tensor.rows(len(rows) // 2, len(rows)), rows[len(rows) // 2 :])
+
+
+def test_a_tensor_that_has_rows_is_never_whole_in_memory(tmp_path):
+    """From file to file, through changes that act on rows: 16 MB at a time of 40."""
+    values = torch.randn(2500, 4096)
+    (tmp_path / "a").mkdir()
+    write_safetensors(tmp_path / "a", lazy({"a": values}))
+    longest = 0
+
+    def change(rows):
+        nonlocal longest
+        if not rows.is_meta:
+            longest = max(longest, rows.nbytes)
+        return rows.bfloat16()
+
+    stored = read_safetensors(tmp_path / "a")["a"].then(change, by_row=True)
+    (tmp_path / "b").mkdir()
+    write_safetensors(tmp_path / "b", {"a": stored})
+    write_gguf(tmp_path / "q8.gguf", "llama", {}, [GGUFTensor("a", "Q8_0", stored)])
+    write_gguf(tmp_path / "whole.gguf", "llama", {}, [GGUFTensor("a", "Q8_0", LazyTensor.of(values.bfloat16()))])
+    assert torch.equal(read_safetensors(tmp_path / "b")["a"].read(), values.bfloat16())
+    assert (tmp_path / "q8.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert 1 << 23 < longest <= 1 << 25  # of float32; the GGUF counts 4 M values
+
+
+def test_rows_of_a_file_that_was_cut_off_since(tmp_path):
+    write_safetensors(tmp_path, lazy({"a": torch.randn(8, 8)}))
+    stored = read_safetensors(tmp_path)["a"]
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    assert stored.rows(0, 6).shape == (6, 8)
+    with pytest.raises(CheckpointError, match="it ends at byte"):
+        stored.rows(6, 8)
+
+
 @pytest.mark.parametrize(
     "file", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..\\b.safetensors", "weights.bin", ""]
 )

@@ -68,6 +68,10 @@ class Family(ABC):
         """Our layout -> Hugging Face's, and back, under our name."""
         return tensor
 
+    def hf_keeps_rows(self, name: str) -> bool:
+        """Whether each row of a tensor, by our name, is a row of Hugging Face's: so that it can be read by rows."""
+        return True
+
     def own_name(self, hf_name: str) -> str | None:
         """Hugging Face's name -> ours; None for what is dropped on purpose."""
         return hf_name

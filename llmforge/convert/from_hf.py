@@ -48,7 +48,7 @@ def read_hf(folder: Path) -> Published:
         if name in tensors:
             raise CheckpointError(f"{folder} has two tensors for {name}; one of them is {hf_name!r}")
         if name is not None:
-            tensors[name] = tensor.then(partial(family.hf_layout, name))
+            tensors[name] = tensor.then(partial(family.hf_layout, name), by_row=family.hf_keeps_rows(name))
     tensors = family.from_hf(values, tensors)
     return account(family, config, tensors, CheckpointError(f"{folder} does not fit its config"))
 

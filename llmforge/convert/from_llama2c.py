@@ -163,10 +163,9 @@ def _tensors(
         if name == "output.weight" and version == 0:
             position += 4 * n_frequencies
         if group and len(shape) > 1:
-            read = partial(_quantized, path, shape, position, group)
+            tensors[name] = LazyTensor(shape, torch.float32, partial(_quantized, path, shape, position, group))
         else:
-            read = partial(map_tensor, path, torch.float32, shape, position)
-        tensors[name] = LazyTensor(shape, torch.float32, read)
+            tensors[name] = LazyTensor.in_file(path, torch.float32, shape, position)
         position += _nbytes(shape, group)
     return tensors
 

@@ -128,6 +128,9 @@ class GPT2(Family):
     def hf_layout(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.t() if tensor.ndim == 2 and _CONV1D.fullmatch(name) else tensor
 
+    def hf_keeps_rows(self, name: str) -> bool:
+        return not _CONV1D.fullmatch(name)
+
     def own_name(self, hf_name: str) -> str | None:
         if _MASK_BUFFER.fullmatch(hf_name):
             return None

@@ -100,7 +100,7 @@ def account(family: Family, config: Any, tensors: Tensors, misfit: Exception) ->
         for name in others:
             if name in tensors and first not in tensors:  # saved under the other name
                 tensors[first] = tensors.pop(name)
-            elif name in tensors and not _same(tensors.pop(name).read(), tensors[first].read()):
+            elif name in tensors and not _same(tensors.pop(name), tensors[first]):
                 raise type(misfit)(
                     f"{misfit}: {name} differs from {first}, but the config ties them (tie_word_embeddings)"
                 )
@@ -154,7 +154,7 @@ def prepare(published: Published, tokenizer: Tokenizer | None) -> Published:
         ConvertError: a tokenizer of another vocabulary; when a tensor is read: NaN or infinity.
     """
     family, notes = published.family, list(published.notes)
-    tensors = {name: tensor.then(_finite(name)) for name, tensor in published.tensors.items()}
+    tensors = {name: tensor.then(_finite(name), by_row=True) for name, tensor in published.tensors.items()}
     config, tensors = family.complete(published.config, tensors)
     if tokenizer is not None:
         config, tensors = _fit_vocabulary(family, config, tensors, tokenizer, notes)
@@ -224,11 +224,12 @@ def _finite(name: str) -> Callable[[Tensor], Tensor]:
     return check
 
 
-def _same(left: Tensor, right: Tensor) -> bool:
+def _same(left: LazyTensor, right: LazyTensor) -> bool:
     """Equal to the bit: NaN is no difference here, and has an error of its own."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+    pairs = zip(left.blocks(), right.blocks(), strict=True)
+    return all(torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) for a, b in pairs)
 
 
 def _shared_names(model: nn.Module) -> list[list[str]]:

@@ -89,7 +89,10 @@ def _hf_tensors(published: Published, dtype: torch.dtype) -> Tensors:
             raise ConvertError(f"{name} has values too large for {_DTYPES[dtype]}; export bfloat16 or float32")
         return tensor
 
-    return {name: tensor.then(partial(layout, name)) for name, tensor in published.tensors.items()}
+    return {
+        name: tensor.then(partial(layout, name), by_row=published.family.hf_keeps_rows(name))
+        for name, tensor in published.tensors.items()
+    }
 
 
 def _hf_config(published: Published, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:

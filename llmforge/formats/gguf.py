@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmforge.errors import CheckpointError, ConvertError
 from llmforge.formats.atomic import atomic_file
-from llmforge.formats.lazy import LazyTensor, map_tensor
+from llmforge.formats.lazy import LazyTensor
 from llmforge.quant.ggml import FLOATS, block_shape, can_decode, decode, encode
 
 ALIGNMENT = 32  # bytes; another one needs general.alignment, and older readers ignore that
@@ -91,7 +91,7 @@ def write_gguf(
     Raises:
         ConvertError: a value that a tensor's type cannot hold, with the tensor's name.
         WriteError: the file cannot be written.
-    Memory: the largest tensor as it is read; what is encoded is written some megabytes at a time.
+    Memory: some megabytes of a tensor; the largest one that has no `read_rows`.
     """
     tensors, types = list(tensors), types or {}
     with atomic_file(path) as tmp:
@@ -122,11 +122,13 @@ def write_gguf(
 
 def _pieces(tensor: GGUFTensor) -> Iterable[Tensor]:
     """The bytes of a tensor, some rows at a time."""
-    values = tensor.tensor.read()
-    rows = values.reshape(-1, values.shape[-1])
-    step = max(1, (_CHUNK_CUDA if values.is_cuda else _CHUNK) // max(1, values.shape[-1]))
-    for start in range(0, len(rows), step):
-        piece = rows[start : start + step]
+    values = tensor.tensor
+    if not values.numel:
+        return
+    if values.read_rows is None:
+        values = LazyTensor.of(values.read())
+    chunk = _CHUNK_CUDA if values.rows(0, 1).is_cuda else _CHUNK
+    for piece in values.blocks(max_bytes=chunk * values.dtype.itemsize):
         if piece.dtype == torch.uint8:
             yield piece.contiguous()
             continue
@@ -149,7 +151,7 @@ def read_gguf_bytes(path: str | os.PathLike[str], info: GGUFTensorInfo) -> LazyT
     """A tensor of a file as it lies there: (.., bytes of a row) uint8."""
     block, block_bytes = block_shape(info.type_name)
     shape = (*info.shape[:-1], info.shape[-1] // block * block_bytes)
-    return LazyTensor(shape, torch.uint8, lambda: map_tensor(Path(path), torch.uint8, shape, info.offset))
+    return LazyTensor.in_file(Path(path), torch.uint8, shape, info.offset)
 
 
 def _lazy(path: Path, info: GGUFTensorInfo) -> LazyTensor:
@@ -157,21 +159,23 @@ def _lazy(path: Path, info: GGUFTensorInfo) -> LazyTensor:
         raise CheckpointError(
             f"{path} has the tensor {info.name!r} in {info.type_name}, which cannot be decoded; take a file of another type"
         )
-    return LazyTensor(info.shape, FLOATS.get(info.type_name, torch.float32), lambda: _decoded(path, info))
-
-
-def _decoded(path: Path, info: GGUFTensorInfo) -> Tensor:
     if info.type_name in FLOATS:
-        return map_tensor(path, FLOATS[info.type_name], info.shape, info.offset)
-    if 0 in info.shape:
-        return torch.empty(info.shape)
-    data = read_gguf_bytes(path, info).read()
-    rows = data.view(-1, data.shape[-1])
-    values = torch.empty(len(rows), info.shape[-1])
-    step = max(1, _CHUNK // info.shape[-1])
-    for start in range(0, len(rows), step):
-        values[start : start + step] = decode(rows[start : start + step], info.type_name)
-    return values.view(info.shape)
+        return LazyTensor.in_file(path, FLOATS[info.type_name], info.shape, info.offset)
+    data = read_gguf_bytes(path, info)
+    by_row = data.read_rows
+
+    def read() -> Tensor:
+        values, done = torch.empty(data.num_rows, info.shape[-1]), 0
+        step = max(1, _CHUNK // max(1, info.shape[-1]))
+        for rows in data.blocks(max_bytes=step * data.row_length):
+            values[done : done + len(rows)] = decode(rows, info.type_name)
+            done += len(rows)
+        return values.view(info.shape)
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        return decode(data.rows(start, stop), info.type_name)
+
+    return LazyTensor(info.shape, torch.float32, read, read_rows if by_row is not None else None)
 
 
 def read_gguf_header(path: str | os.PathLike[str], *, exact_text: bool = False) -> GGUFHeader:

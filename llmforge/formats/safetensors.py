@@ -3,7 +3,7 @@
 A file is a little-endian u64 (length of the header), a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes.
 Reader and writer are our own, tested against the safetensors package, for what that package (0.8) does not do: a damaged header ends
 in a message that says what is wrong; a mapping ends with its tensor, so that reading a checkpoint does not fill the memory; writing
-takes one tensor at a time, `save_file` all of them, and a full disk is reported as such.
+takes some rows of a tensor at a time, `save_file` all tensors, and a full disk is reported as such.
 
 Source: https://huggingface.co/docs/safetensors (format), Hugging Face's model.safetensors.index.json.
 """
@@ -12,7 +12,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 
 from llmforge.config import read_json_object
 from llmforge.errors import CheckpointError, ConfigError
-from llmforge.formats.lazy import LazyTensor, map_tensor
+from llmforge.formats.lazy import LazyTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -51,7 +50,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     """The tensors of a .safetensors file, or of a folder with model.safetensors or its index.
 
-    Only the headers are read here. Each tensor is mapped into memory when it is read, and unmapped with its last reference.
+    Only the headers are read here. A tensor that is read as a whole is mapped into memory, and unmapped with its last reference.
 
     Raises:
         CheckpointError: no such file, or one that is cut off or damaged, with its name and what is wrong.
@@ -76,7 +75,7 @@ def write_safetensors(
 
     Args:
         folder: not made atomic here; write into the folder that `atomic_folder` yields.
-        tensors: read one by one: memory for a single one is needed.
+        tensors: read one by one, and some rows at a time: memory for a single tensor is needed where it has no `read_rows`.
         max_shard_bytes: most bytes of tensors in a file (a single larger tensor has a file of its own); None = always one file.
     """
     folder = Path(folder)
@@ -125,10 +124,11 @@ def _write_file(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
         for name in names:
-            values = tensors[name].read()
-            assert tuple(values.shape) == tensors[name].shape, name
-            assert values.dtype == tensors[name].dtype, name
-            out.write(values.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            written = 0
+            for block in tensors[name].blocks():
+                assert block.dtype == tensors[name].dtype, name
+                written += out.write(block.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            assert written == tensors[name].nbytes, name
 
 
 def _read_index(index: Path) -> dict[str, LazyTensor]:
@@ -204,7 +204,7 @@ def _read_entries(file: Path) -> dict[str, LazyTensor]:
             raise damaged(f"{name!r} of shape {shape} is larger than any tensor can be")
         if end - start != math.prod(shape) * dtype.itemsize:
             raise damaged(f"{name!r} of shape {shape} and {value['dtype']} cannot fill bytes {start} to {end}")
-        entries[name] = LazyTensor(shape, dtype, partial(map_tensor, file, dtype, shape, 8 + header_bytes + start))
+        entries[name] = LazyTensor.in_file(file, dtype, shape, 8 + header_bytes + start)
         spans.append((start, end, name))
     position = 0
     for start, end, name in sorted(spans):
