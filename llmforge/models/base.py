@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from llmforge.config import Config
-from llmforge.nn import KVCache, PackedBitLinear
+from llmforge.nn import KVCache, Linear4bit, PackedBitLinear
 
 
 class ModelConfig(Config):
@@ -40,7 +40,7 @@ class LanguageModel(nn.Module, ABC):
 
     def num_params(self) -> int:
         """Number of trainable, frozen and packed weights, shared ones counted once."""
-        packed = sum(module.num_weights for module in self.modules() if isinstance(module, PackedBitLinear))
+        packed = sum(m.num_weights for m in self.modules() if isinstance(m, (Linear4bit, PackedBitLinear)))
         return packed + sum(p.numel() for p in self.parameters())
 
     @abstractmethod

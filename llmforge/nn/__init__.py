@@ -7,6 +7,7 @@ values, D head width, F feed-forward width, V vocabulary.
 from llmforge.nn.attention import attention_mask, causal_attention
 from llmforge.nn.bitlinear import BitLinear, bit_linears, check_ternary_width, constant_weights, set_quantization_
 from llmforge.nn.kv_cache import KVCache, StaticKVCache
+from llmforge.nn.linear4bit import Linear4bit
 from llmforge.nn.mlp import SwiGLU
 from llmforge.nn.norm import LayerNorm, RMSNorm
 from llmforge.nn.packed import PackedBitLinear, pack_
@@ -17,6 +18,7 @@ __all__ = [
     "BitLinear",
     "KVCache",
     "LayerNorm",
+    "Linear4bit",
     "PackedBitLinear",
     "RMSNorm",
     "RopeScaling",

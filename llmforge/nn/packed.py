@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmforge.errors import ConfigError
 from llmforge.nn.bitlinear import BitLinear
+from llmforge.nn.replace import exchange_modules_
 from llmforge.quant.ternary import GROUP, fake_int8, pack_2bit, unpack_2bit
 from llmforge.quant.ternary_kernel import ternary_kernel
 
@@ -159,8 +160,5 @@ def pack_(model: nn.Module) -> list[str]:
     packed: dict[nn.Module, nn.Module] = {
         layer: PackedBitLinear(layer).train(layer.training) for layer in layers.values()
     }
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in packed:
-                parent._modules[name] = packed[child]
+    exchange_modules_(model, packed)
     return list(layers)

@@ -1,6 +1,6 @@
 """Exchange the linear layers of any model for layers of another kind."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -31,10 +31,10 @@ def replace_linear_(
     """
     if type(module) is nn.Linear:
         raise ConfigError("replace_linear_ exchanges layers within a module, and this is an nn.Linear itself")
-    new_layers: dict[nn.Module, nn.Linear] = {}
+    new_layers: dict[nn.Module, nn.Module] = {}
     names = []
     for name, old in module.named_modules():
-        if type(old) is nn.Linear and not any(_matches(name, pattern) for pattern in skip):
+        if type(old) is nn.Linear and not matches(name, skip):
             try:
                 # On "meta", since its weights are thrown away; modules inside it have values, and follow.
                 new = linear_class(
@@ -47,12 +47,23 @@ def replace_linear_(
             new.weight, new.bias = old.weight, old.bias
             new_layers[old] = new.train(old.training)
             names.append(name)
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if child in new_layers:
-                parent._modules[name] = new_layers[child]
+    exchange_modules_(module, new_layers)
     return names
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns names a module: by its last part ("lm_head"), in whole ("model.lm_head"), or with wildcards.
+
+    >>> [matches("model.layers.0.mlp.up_proj", [pattern]) for pattern in ("up_proj", "*.mlp.*", "mlp")]
+    [True, True, False]
+    """
+    last = name.rpartition(".")[2]
+    return any(last == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def exchange_modules_(module: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the new modules in the places of the old ones, in all of them where one is shared."""
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in new:
+                parent._modules[name] = new[child]
