@@ -6,7 +6,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from llmforge.config import Config
-from llmforge.nn import KVCache, Linear4bit, PackedBitLinear
+from llmforge.errors import ConfigError, DataError
+from llmforge.nn import Documents, KVCache, Linear4bit, PackedBitLinear
 
 
 class ModelConfig(Config):
@@ -26,12 +27,36 @@ class LanguageModel(nn.Module, ABC):
     lm_head: nn.Linear
 
     @abstractmethod
-    def features(self, idx: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+    def features(self, idx: Tensor, kv_cache: KVCache | None = None, *, positions: Tensor | None = None) -> Tensor:
         """Hidden states before the output projection: (B, T) int64 -> (B, T, C).
 
         With a cache, `idx` holds only the tokens that the cache has not read yet, the cache says which positions they have and what
-        they may see, and it advances by T.
+        they may see, and it advances by T. With positions, (B, T) int64, each row holds several documents: positions begin again
+        with 0 where a document does, and a token sees its own document alone. All of them are as if each was read for itself.
+
+        Raises:
+            ConfigError: more tokens than the context has, in a document where there are positions; a cache and positions.
+            DataError: positions that do not count up from 0.
         """
+
+    def _documents(
+        self, idx: Tensor, kv_cache: KVCache | None, positions: Tensor | None, context: str
+    ) -> Documents | None:
+        """What is packed into the rows of `idx`; checks that what `features` is given fits the field `context` of the config."""
+        if positions is not None and kv_cache is not None:
+            raise ConfigError("a KV cache holds one text per row and says its positions: pass kv_cache or positions")
+        if positions is not None and positions.shape != idx.shape:
+            raise DataError(f"positions have the shape {tuple(positions.shape)}, but idx {tuple(idx.shape)}")
+        documents = None if positions is None else Documents(positions)
+        if documents is not None:
+            tokens, what = max(documents.lengths), " of a document"
+        else:
+            tokens, what = idx.shape[1] + (kv_cache.length if kv_cache is not None else 0), ""
+        if tokens > self.context_length:
+            raise ConfigError(
+                f"{tokens} tokens{what} do not fit in {context} ({self.context_length}); pass the last {self.context_length} of them"
+            )
+        return documents
 
     def forward(self, idx: Tensor) -> Tensor:
         """(B, T) int64 -> logits (B, T, V)."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llmforge.errors import ConfigError
 from llmforge.models.base import LanguageModel, ModelConfig
-from llmforge.nn import BitLinear, KVCache, LayerNorm, causal_attention, check_ternary_width, replace_linear_
+from llmforge.nn import BitLinear, Documents, KVCache, LayerNorm, causal_attention, check_ternary_width, replace_linear_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, kv_cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | Documents | None, kv_cache: KVCache | None) -> Tensor:
         q, k, v = rearrange(self.c_attn(x), "B T (qkv H D) -> qkv B H T D", qkv=3, H=self.n_head)
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)  # (B, H, S, D)
@@ -139,7 +139,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, kv_cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | Documents | None, kv_cache: KVCache | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, kv_cache)
         x = x + self.mlp(self.ln_2(x))
         return x  # (B, T, C)
@@ -156,10 +156,15 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
 
-    def forward(self, idx: Tensor, kv_cache: KVCache | None) -> Tensor:
+    def forward(self, idx: Tensor, kv_cache: KVCache | None, documents: Documents | None) -> Tensor:
         T, device = idx.shape[1], idx.device
-        pos = torch.arange(T, device=device) if kv_cache is None else kv_cache.positions(T, device)
-        mask = None if kv_cache is None else kv_cache.mask(T, device)
+        mask: Tensor | Documents | None = documents
+        if documents is not None:
+            pos = documents.positions
+        elif kv_cache is not None:
+            pos, mask = kv_cache.positions(T, device), kv_cache.mask(T, device)
+        else:
+            pos = torch.arange(T, device=device)
         x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
         for block in self.h:
             x = block(x, mask, kv_cache)
@@ -202,19 +207,10 @@ class GPT(LanguageModel):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def features(self, idx: Tensor, kv_cache: KVCache | None = None) -> Tensor:
-        """Hidden states after the final norm: (B, T) int64 -> (B, T, C).
-
-        Raises:
-            ValueError: the tokens, with those in the cache, exceed block_size.
-        """
-        tokens = idx.shape[1] + (kv_cache.length if kv_cache is not None else 0)
-        if tokens > self.config.block_size:
-            raise ValueError(
-                f"{tokens} tokens do not fit in block_size ({self.config.block_size}); pass the last "
-                f"{self.config.block_size} of them"
-            )
-        hidden: Tensor = self.transformer(idx, kv_cache)
+    def features(self, idx: Tensor, kv_cache: KVCache | None = None, *, positions: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm: (B, T) int64 -> (B, T, C). See `LanguageModel.features`."""
+        documents = self._documents(idx, kv_cache, positions, "block_size")
+        hidden: Tensor = self.transformer(idx, kv_cache, documents)
         return hidden
 
     def flops_per_token(self, seq_len: int | None = None) -> int:

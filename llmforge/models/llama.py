@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from llmforge.errors import ConfigError
 from llmforge.models.base import LanguageModel, ModelConfig
 from llmforge.nn import (
+    Documents,
     KVCache,
     RMSNorm,
     RopeScaling,
@@ -165,7 +166,7 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, kv_cache: KVCache | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | Documents | None, kv_cache: KVCache | None
     ) -> Tensor:
         q = rearrange(self.q_proj(x), "B T (H D) -> B H T D", D=self.head_dim)
         k = rearrange(self.k_proj(x), "B T (K D) -> B K T D", D=self.head_dim)
@@ -193,7 +194,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, kv_cache: KVCache | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | Documents | None, kv_cache: KVCache | None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, kv_cache)
         x = x + self.mlp(self.post_attention_layernorm(x))
@@ -213,17 +214,20 @@ class Transformer(nn.Module):
         self._frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)  # (D/2,)
         self._rotation_scale = config.rope_scaling.attention_scale if config.rope_scaling else 1.0
 
-    def forward(self, idx: Tensor, kv_cache: KVCache | None) -> Tensor:
+    def forward(self, idx: Tensor, kv_cache: KVCache | None, documents: Documents | None) -> Tensor:
         T, device = idx.shape[1], idx.device
         if self._frequencies.device != device:
             self._frequencies = self._frequencies.to(device)
-        positions = torch.arange(T, device=device) if kv_cache is None else kv_cache.positions(T, device)
+        if documents is not None:
+            positions = documents.positions
+        else:
+            positions = torch.arange(T, device=device) if kv_cache is None else kv_cache.positions(T, device)
         rotation = rope_angles(positions, self._frequencies, self._rotation_scale)
-        masks: dict[int | None, Tensor | None] = {}  # one for all layers with the same window
+        masks: dict[int | None, Tensor | Documents | None] = {}  # one for all layers with the same window
         x = self.embed_tokens(idx)  # (B, T, C)
         for block, window in zip(self.layers, self._windows, strict=True):
             if window not in masks:
-                masks[window] = _mask(T, device, window, kv_cache)
+                masks[window] = _mask(T, device, window, kv_cache, documents)
             x = block(x, rotation, masks[window], kv_cache)
         if kv_cache is not None:
             kv_cache.advance(T)
@@ -231,7 +235,11 @@ class Transformer(nn.Module):
         return hidden
 
 
-def _mask(T: int, device: torch.device, window: int | None, kv_cache: KVCache | None) -> Tensor | None:
+def _mask(
+    T: int, device: torch.device, window: int | None, kv_cache: KVCache | None, documents: Documents | None
+) -> Tensor | Documents | None:
+    if documents is not None:
+        return documents.windowed(window)
     if kv_cache is not None:
         return kv_cache.mask(T, device, window=window)
     return None if window is None or window >= T else attention_mask(T, T, window=window, device=device)
@@ -272,19 +280,10 @@ class Llama(LanguageModel):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def features(self, idx: Tensor, kv_cache: KVCache | None = None) -> Tensor:
-        """Hidden states after the final norm: (B, T) int64 -> (B, T, C).
-
-        Raises:
-            ValueError: the tokens, with those in the cache, exceed max_position_embeddings.
-        """
-        tokens = idx.shape[1] + (kv_cache.length if kv_cache is not None else 0)
-        if tokens > self.context_length:
-            raise ValueError(
-                f"{tokens} tokens do not fit in max_position_embeddings ({self.context_length}); pass the last "
-                f"{self.context_length} of them"
-            )
-        hidden: Tensor = self.model(idx, kv_cache)
+    def features(self, idx: Tensor, kv_cache: KVCache | None = None, *, positions: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm: (B, T) int64 -> (B, T, C). See `LanguageModel.features`."""
+        documents = self._documents(idx, kv_cache, positions, "max_position_embeddings")
+        hidden: Tensor = self.model(idx, kv_cache, documents)
         return hidden
 
     def flops_per_token(self, seq_len: int | None = None) -> int:

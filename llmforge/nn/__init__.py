@@ -6,6 +6,7 @@ values, D head width, F feed-forward width, V vocabulary.
 
 from llmforge.nn.attention import attention_mask, causal_attention
 from llmforge.nn.bitlinear import BitLinear, bit_linears, check_ternary_width, constant_weights, set_quantization_
+from llmforge.nn.documents import Documents, document_backend
 from llmforge.nn.kv_cache import KVCache, StaticKVCache
 from llmforge.nn.linear4bit import Linear4bit
 from llmforge.nn.mlp import SwiGLU
@@ -16,6 +17,7 @@ from llmforge.nn.rope import RopeScaling, apply_rope, rope_angles, rope_frequenc
 
 __all__ = [
     "BitLinear",
+    "Documents",
     "KVCache",
     "LayerNorm",
     "Linear4bit",
@@ -30,6 +32,7 @@ __all__ = [
     "causal_attention",
     "check_ternary_width",
     "constant_weights",
+    "document_backend",
     "pack_",
     "replace_linear_",
     "rope_angles",

@@ -1,21 +1,32 @@
 """Causal attention on torch's scaled_dot_product_attention, and the masks that it needs beyond the plain case."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from llmforge.nn.documents import Documents
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | Documents | None = None, dropout: float = 0.0
+) -> Tensor:
     """Each query attends to the keys up to its own position; the queries are the last T of the S tokens.
 
     Args:
         q: (B, H, T, D), the new tokens.
         k, v: (B, K, S, D), S >= T, all tokens so far. Each of the K heads serves H / K heads of q (grouped-query attention).
-        mask: what may be attended to, where that is less; see `attention_mask`.
+        mask: what may be attended to, where that is less: see `attention_mask`, or the documents that are packed into the rows.
         dropout: probability of dropping an attention weight; pass 0 outside training.
     Returns:
         (B, H, T, D)
     """
+    if mask is not None and not isinstance(mask, Tensor):
+        return mask.attention(q, k, v, dropout=dropout)
     T, S = q.shape[2], k.shape[2]
     if q.shape[1] != k.shape[1]:
         # Repeated, not enable_gqa: with that, torch 2.13 leaves the fused kernel on the CPU and under a mask.
