@@ -32,6 +32,10 @@ class ConvertError(LLMForgeError, ValueError):
     """A model or file that cannot be expressed in the format asked for."""
 
 
+class OutOfMemoryError(LLMForgeError, RuntimeError):
+    """The device's memory does not hold what a step needs; the message says what to change, and by how much."""
+
+
 def some(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are.
 

@@ -16,6 +16,7 @@ from torch import nn
 from toy import TEXT, same, toy_data, toy_model, toy_tokenizer, toy_trainer, weights
 
 from llmforge import CharTokenizer, CheckpointError, ConfigError, DataError, TokenDataset, TrainConfig, Trainer
+from llmforge.errors import OutOfMemoryError
 from llmforge.training import IGNORED, build_optimizer, learning_rate, list_checkpoints, next_token_loss, read_log
 from llmforge.training.trainer import stop_signals
 
@@ -506,3 +507,125 @@ def test_a_diverged_loss_is_null_in_the_log(tmp_path):
 def test_the_sample_begins_with_the_prompt(tmp_path):
     assert toy_trainer(tmp_path, sample_prompt="En un ").sample().startswith("En un ")
     assert TEXT.startswith("En un ")
+
+
+def runs_out_of_memory_in(step):
+    """A loss function that does, once `step` steps are done."""
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(model)
+        if len(calls) > step:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 11.76 GiB"
+            )
+        return next_token_loss(model, batch)
+
+    return loss_fn
+
+
+def test_out_of_memory_says_what_to_change_and_loses_nothing(tmp_path):
+    train_data = toy_data()[0]
+    reference = toy_trainer(tmp_path / "whole", eval_every_steps=None, save_every_steps=None)
+    reference.train(progress=False)
+    config = reference.config.replace(out_dir=str(tmp_path / "run"))
+    broken = Trainer(
+        toy_model(), train_data, config=config, tokenizer=toy_tokenizer(), loss_fn=runs_out_of_memory_in(6)
+    )
+    message = (
+        r"out of memory in step 7 on cpu \(CUDA out of memory\), and the step was not done; try micro_batch_size=2 with "
+        r"grad_accum_steps=2 \(the same step, 2/4 of the activations\), or activation_checkpointing=blocks .*; "
+        r".*step-000006 holds the steps before it"
+    )
+    with pytest.raises(OutOfMemoryError, match=message):
+        broken.train(progress=False)
+    assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-000006"]
+    resumed = Trainer(toy_model(), train_data, config=config, tokenizer=toy_tokenizer())
+    assert resumed.resume()
+    resumed.train(progress=False)
+    assert same(weights(resumed.model), weights(reference.model))
+
+
+def test_another_runtime_error_is_not_taken_for_out_of_memory():
+    def loss_fn(model, batch):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    trainer = Trainer(toy_model(), toy_data()[0], config=TrainConfig(max_steps=1, device="cpu"), loss_fn=loss_fn)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        next(trainer)
+
+
+class OnlyTheHead:
+    """A checkpoint of one matrix."""
+
+    def save(self, folder, model, tokenizer):
+        torch.save({"head": model.lm_head.weight.detach()}, folder / "head.pt")
+
+    def load_(self, folder, model):
+        with torch.no_grad():
+            model.lm_head.weight.copy_(torch.load(folder / "head.pt", weights_only=True)["head"])
+
+
+def test_a_checkpoint_holds_what_the_model_files_say(tmp_path):
+    def trainer():
+        model = toy_model(tie_word_embeddings=False)
+        model.requires_grad_(False)
+        model.lm_head.requires_grad_(True)
+        config = toy_trainer(tmp_path / "run", save_every_steps=4).config
+        return Trainer(model, toy_data()[0], config=config, model_files=OnlyTheHead())
+
+    whole = trainer()
+    for _ in whole:
+        if whole.step == 4:
+            whole.save()
+    assert sorted(file.name for file in (tmp_path / "run" / "step-000004").iterdir()) == [
+        "head.pt",
+        "manifest.json",
+        "trainer.json",
+        "trainer.pt",
+    ]
+    resumed = trainer()
+    assert resumed.resume(tmp_path / "run")
+    assert resumed.step == 4
+    for _ in resumed:
+        pass
+    assert same(weights(resumed.model), weights(whole.model))
+    assert not same(weights(whole.model), weights(toy_model(tie_word_embeddings=False)))
+
+
+def test_optimizers_by_name():
+    model = toy_model()
+    assert type(build_optimizer(model, TrainConfig(max_steps=1))) is torch.optim.AdamW
+    assert type(build_optimizer(model, TrainConfig(max_steps=1, optimizer="adamw8bit"))).__name__ == "AdamW8bit"
+    with pytest.raises(ConfigError, match="'paged_adamw8bit' needs an NVIDIA GPU and bitsandbytes"):
+        build_optimizer(model, TrainConfig(max_steps=1, optimizer="paged_adamw8bit"))
+    with pytest.raises(ConfigError, match=r"optimizer \('sgd'\) must be 'adamw', 'adamw8bit' or 'paged_adamw8bit'"):
+        TrainConfig(max_steps=1, optimizer="sgd")
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        build_optimizer(model, TrainConfig(max_steps=1))
+
+
+def test_activation_checkpointing_is_the_models_matter():
+    class Plain(nn.Module):
+        context_length = 16
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Embedding(100, 100)
+
+        def forward(self, idx):
+            return self.layer(idx)
+
+    with pytest.raises(ConfigError, match=r"activation_checkpointing \('blocks'\) needs a model .*Plain has none"):
+        Trainer(
+            Plain(), toy_data()[0], config=TrainConfig(max_steps=1, activation_checkpointing="blocks", device="cpu")
+        )
+    runs = []
+    for mode in ("none", "blocks", "offload"):
+        trainer = toy_trainer(max_steps=3, activation_checkpointing=mode)  # with dropout
+        losses = [metrics.loss for metrics in trainer]
+        runs.append((losses, weights(trainer.model)))
+    for losses, params in runs[1:]:
+        assert losses == runs[0][0]
+        assert same(params, runs[0][1])

@@ -11,6 +11,7 @@ from llmforge.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from llmforge.cli.run_config import RunConfig
+    from llmforge.config import Config
     from llmforge.tokenizers import Tokenizer
     from llmforge.training import Trainer, TrainResult
 
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _resume(args: argparse.Namespace) -> int:
     from llmforge.cli.run_config import RunConfig, parse_settings
+    from llmforge.config import read_yaml_mapping
     from llmforge.tokenizers import load_tokenizer
     from llmforge.training import find_checkpoint, list_checkpoints
 
@@ -119,7 +121,12 @@ def _resume(args: argparse.Namespace) -> int:
         raise CheckpointError(
             f"{run_folder} is not a run folder: it has no config.yaml; runs are made by llmforge train"
         )
-    config = RunConfig.from_yaml_file(run_folder / "config.yaml")
+    values = read_yaml_mapping(run_folder / "config.yaml")
+    if "base_model" in values:
+        raise CheckpointError(
+            f"{run_folder} is a run of llmforge finetune; go on with {program()} finetune --resume {run_folder}"
+        )
+    config = RunConfig.from_dict(values)
     changes = parse_settings(args.set + ([f"max_steps={args.steps}"] if args.steps is not None else []))
     if set(changes) - {"train"}:
         raise ConfigError(
@@ -205,8 +212,12 @@ def build_trainer(config: "RunConfig", tokenizer: "Tokenizer") -> "Trainer":
     return trainer
 
 
-def run_trainer(trainer: "Trainer", config: "RunConfig") -> "TrainResult":
-    """Save the run's config.yaml, train, and say what came of it."""
+def run_trainer(trainer: "Trainer", config: "Config", *, command: str = "train") -> "TrainResult":
+    """Save the run's config.yaml, train, and say what came of it.
+
+    Args:
+        command: of llmforge, which resumes the run.
+    """
     from llmforge.formats.atomic import atomic_file
 
     trainer.check_out_dir()
@@ -214,7 +225,7 @@ def run_trainer(trainer: "Trainer", config: "RunConfig") -> "TrainResult":
         with atomic_file(trainer.out_dir / "config.yaml") as tmp:
             tmp.write_text(config.to_yaml(), encoding="utf-8")
         print(
-            f"run      {trainer.out_dir}: Ctrl-C saves and stops; {program()} train --resume {trainer.out_dir} goes on",
+            f"run      {trainer.out_dir}: Ctrl-C saves and stops; {program()} {command} --resume {trainer.out_dir} goes on",
             flush=True,
         )
     result = trainer.train()
@@ -235,9 +246,9 @@ def train(trainer: "Trainer", config: "RunConfig") -> int:
     return stopped(result, trainer)
 
 
-def stopped(result: "TrainResult", trainer: "Trainer") -> int:
+def stopped(result: "TrainResult", trainer: "Trainer", *, command: str = "train") -> int:
     """Say how to go on after a signal; returns the exit code that shells expect."""
-    print(f"stopped by {result.stopped_by} and saved; go on with: {program()} train --resume {trainer.out_dir}")
+    print(f"stopped by {result.stopped_by} and saved; go on with: {program()} {command} --resume {trainer.out_dir}")
     return 130 if result.stopped_by == "SIGINT" else 143
 
 

@@ -1,6 +1,13 @@
 """The training loop. It knows no model family: any module with `forward(idx) -> logits` will do."""
 
-from llmforge.training.checkpoint import find_checkpoint, list_checkpoints, validation_loss, verify_manifest
+from llmforge.training.checkpoint import (
+    ModelFiles,
+    WholeModel,
+    find_checkpoint,
+    list_checkpoints,
+    validation_loss,
+    verify_manifest,
+)
 from llmforge.training.config import TrainConfig
 from llmforge.training.loss import IGNORED, LossFunction, next_token_loss
 from llmforge.training.metrics import EvalMetrics, StepMetrics, TrainResult, read_log
@@ -13,10 +20,12 @@ __all__ = [
     "Dataset",
     "EvalMetrics",
     "LossFunction",
+    "ModelFiles",
     "StepMetrics",
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "WholeModel",
     "build_optimizer",
     "find_checkpoint",
     "learning_rate",

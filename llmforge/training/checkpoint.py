@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +56,42 @@ class TrainerState:
     data_fingerprint: str | None
 
 
-def save_checkpoint(out_dir: Path, model: nn.Module, tokenizer: Tokenizer | None, state: TrainerState) -> Path:
+class ModelFiles(Protocol):
+    """What a checkpoint holds of the model: all weights (`WholeModel`), or only those that are trained (`finetune.AdapterFiles`)."""
+
+    def save(self, folder: Path, model: nn.Module, tokenizer: Tokenizer | None) -> None:
+        """Write into an existing folder."""
+
+    def load_(self, folder: Path, model: nn.Module) -> None:
+        """Read what `save` wrote into the model, in place.
+
+        Raises:
+            CheckpointError: it does not fit the model.
+        """
+
+
+class WholeModel:
+    """All weights, the config and the tokenizer."""
+
+    def save(self, folder: Path, model: nn.Module, tokenizer: Tokenizer | None) -> None:
+        write_model_folder(folder, model, tokenizer)
+
+    def load_(self, folder: Path, model: nn.Module) -> None:
+        load_weights_(model, folder)
+
+
+def save_checkpoint(
+    out_dir: Path,
+    model: nn.Module,
+    tokenizer: Tokenizer | None,
+    state: TrainerState,
+    *,
+    model_files: ModelFiles | None = None,
+) -> Path:
     """Write step-NNNNNN under `out_dir` and return its path."""
     folder = out_dir / f"step-{state.step:06d}"
     with atomic_folder(folder, overwrite=True) as tmp:
-        write_model_folder(tmp, model, tokenizer)
+        (model_files or WholeModel()).save(tmp, model, tokenizer)
         with (tmp / "trainer.pt").open("wb") as stream:
             torch.save({"optimizer": state.optimizer, "scaler": state.scaler}, stream)
         summary = {
@@ -85,14 +116,14 @@ def write_model_folder(folder: Path, model: nn.Module, tokenizer: Tokenizer | No
         tokenizer.save(folder)
 
 
-def load_state(folder: Path, model: nn.Module) -> TrainerState:
+def load_state(folder: Path, model: nn.Module, *, model_files: ModelFiles | None = None) -> TrainerState:
     """Read weights into `model` and return the rest.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the checkpoint is of a model of another shape.
     """
     verify_manifest(folder)
-    load_weights_(model, folder)
+    (model_files or WholeModel()).load_(folder, model)
     summary = read_json_object(folder / "trainer.json")
     try:
         tensors = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)

@@ -129,12 +129,18 @@ class TrainConfig(Config):
     quantize_warmup_steps: int = (
         0  # BitLinear: steps after that over which the rounding grows, for models trained as floats
     )
+    # adamw8bit: its state in 8 bits, from bitsandbytes where that is installed and the model on a GPU, else plain torch.
+    # paged_adamw8bit (bitsandbytes and CUDA only): the state moves to the host's memory when the GPU's is full.
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW; 0.99 for the second when a step has few tokens
     grad_clip: float | None = 1.0  # largest global L2 norm of the gradient; None = never clip
 
     device: str | None = None  # "cpu", "cuda", "cuda:1", "mps"; None = the best one there is
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the arithmetic (AMP); weights stay float32
     # dtype None = bfloat16 or else float16 on CUDA, float32 elsewhere. float16 brings a GradScaler.
+    # "blocks": each block's activations are computed again in the backward pass, not kept. "offload": and the blocks' inputs wait in the
+    # host's memory. The gradient is the same.
+    activation_checkpointing: Literal["none", "blocks", "offload"] = "none"
     compile: bool = False  # torch.compile the model's forward pass; needs a C++ compiler (CPU) or Triton (GPU)
     seed: int = 1337  # of the data order and dropout; the initial weights come from whoever built the model
 
@@ -194,5 +200,11 @@ class TrainConfig(Config):
             raise ConfigError(f"betas ({self.betas}) must be two numbers, each at least 0 and below 1")
         if self.grad_clip is not None and self.grad_clip <= 0.0:
             raise ConfigError(f"grad_clip ({self.grad_clip}) must be above 0; null never clips")
+        if self.optimizer not in ("adamw", "adamw8bit", "paged_adamw8bit"):
+            raise ConfigError(f"optimizer ({self.optimizer!r}) must be 'adamw', 'adamw8bit' or 'paged_adamw8bit'")
+        if self.activation_checkpointing not in ("none", "blocks", "offload"):
+            raise ConfigError(
+                f"activation_checkpointing ({self.activation_checkpointing!r}) must be 'none', 'blocks' or 'offload'"
+            )
         if self.dtype not in ("float32", "bfloat16", "float16", None):
             raise ConfigError(f"dtype ({self.dtype!r}) must be 'float32', 'bfloat16', 'float16' or null (automatic)")

@@ -1,8 +1,12 @@
 """The optimizer: AdamW with weight decay on matrices only."""
 
+from collections.abc import Callable
+from importlib.util import find_spec
+
 import torch
 from torch import nn
 
+from llmforge.errors import ConfigError
 from llmforge.training.config import TrainConfig
 
 
@@ -10,11 +14,37 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     """AdamW over the trainable parameters; what has two or more dimensions decays, norms and biases do not (GPT-3, nanoGPT).
 
     One fused kernel does the update where torch has one for the device.
+
+    Raises:
+        ConfigError: nothing is trainable, or the optimizer asked for does not exist on this machine.
     """
     params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ConfigError("the model has no trainable parameter; apply_lora_ it, or call requires_grad_(True)")
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if config.optimizer != "adamw":
+        adamw = _adamw_8bit(config.optimizer, on_cuda=all(p.is_cuda for p in params))
+        return adamw([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
     fused = all(p.device.type in ("cuda", "cpu", "mps") and p.is_floating_point() for p in params)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+
+
+def _adamw_8bit(name: str, *, on_cuda: bool) -> Callable[..., torch.optim.Optimizer]:
+    if on_cuda and find_spec("bitsandbytes") is not None:
+        import bitsandbytes.optim
+
+        classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
+            "adamw8bit": bitsandbytes.optim.AdamW8bit,
+            "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit,
+        }
+        return classes[name]
+    if name == "paged_adamw8bit":
+        raise ConfigError(
+            "optimizer 'paged_adamw8bit' needs an NVIDIA GPU and bitsandbytes (pip install 'llmforge[cuda]'); 'adamw8bit' runs anywhere"
+        )
+    from llmforge.training.adamw8bit import AdamW8bit
+
+    return AdamW8bit

@@ -15,11 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from llmforge.errors import CheckpointError, ConfigError, DataError
+from llmforge.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from llmforge.generation import generate_text
 from llmforge.nn import bit_linears, constant_weights, set_quantization_
 from llmforge.tokenizers import Tokenizer
 from llmforge.training.checkpoint import (
+    ModelFiles,
     TrainerState,
     find_checkpoint,
     list_checkpoints,
@@ -32,6 +33,7 @@ from llmforge.training.config import TrainConfig
 from llmforge.training.loss import LossFunction, next_token_loss
 from llmforge.training.metrics import EvalMetrics, RunLog, StepMetrics, TrainResult
 from llmforge.training.optim import build_optimizer
+from llmforge.training.out_of_memory import is_out_of_memory, what_would_fit
 from llmforge.training.progress import Progress
 from llmforge.training.schedule import learning_rate, quantization_strength, weight_decay_applies
 from llmforge.training.ternary import TernaryDiagnosis
@@ -41,6 +43,7 @@ class Dataset(Protocol):
     """What the trainer asks of data: batches that are a pure function of their arguments.
 
     The tensors of a batch all begin with the batch dimension; the first two are idx and targets, unless `loss_fn` says otherwise.
+    Data that has an end says how many sequences it has: `num_sequences(seq_len) -> int`, or its tokens as `len`.
     """
 
     def batch(self, step: int, *, batch_size: int, seq_len: int, seed: int) -> Sequence[Tensor]: ...
@@ -60,6 +63,7 @@ class Trainer:
         tokenizer: for samples while training, and saved with each checkpoint.
         loss_fn: (model, micro-batch) -> (sum of losses, number of targets).
         optimizer: instead of AdamW as configured; its learning rate still follows the schedule.
+        model_files: what a checkpoint holds of the model; None = all of it.
     Raises:
         ConfigError, DataError: model, data and settings do not fit together.
     """
@@ -74,11 +78,21 @@ class Trainer:
         tokenizer: Tokenizer | None = None,
         loss_fn: LossFunction = next_token_loss,
         optimizer: torch.optim.Optimizer | None = None,
+        model_files: ModelFiles | None = None,
     ) -> None:
         self.config = config
+        self.model_files = model_files
         self.device = pick_device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
         self.model = model.to(self.device)
+        if config.activation_checkpointing != "none":
+            set_checkpointing = getattr(model, "set_activation_checkpointing", None)
+            if set_checkpointing is None:
+                raise ConfigError(
+                    f"activation_checkpointing ({config.activation_checkpointing!r}) needs a model with set_activation_checkpointing, "
+                    f"as llmforge's own have; {type(model).__name__} has none: leave it at 'none'"
+                )
+            set_checkpointing(config.activation_checkpointing)
         self.train_data, self.val_data = train_data, val_data
         self.tokenizer = tokenizer
         self.loss_fn = loss_fn
@@ -148,12 +162,17 @@ class Trainer:
         rows = config.micro_batch_size * config.grad_accum_steps
         batch = self.train_data.batch(self.step, batch_size=rows, seq_len=self.seq_len, seed=config.seed)
         num_tokens = batch[0].numel()
-        with _own_randomness(config.seed, self.step, self.device), constant_weights():
-            loss_sum, num_targets = self._accumulate_gradients(batch, num_tokens)
-        # The gradient so far is that of loss_sum / num_tokens; what is wanted is the mean over the targets.
-        num_targets = num_targets.clamp(min=1)
-        grad_norm = self._rescale_and_clip_gradients(num_tokens / num_targets)
-        self.scaler.step(self.optimizer)
+        try:
+            with _own_randomness(config.seed, self.step, self.device), constant_weights():
+                loss_sum, num_targets = self._accumulate_gradients(batch, num_tokens)
+            # The gradient so far is that of loss_sum / num_tokens; what is wanted is the mean over the targets.
+            num_targets = num_targets.clamp(min=1)
+            grad_norm = self._rescale_and_clip_gradients(num_tokens / num_targets)
+            self.scaler.step(self.optimizer)  # its state is allocated in the first step, before any weight changes
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(error) from error
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -180,6 +199,16 @@ class Trainer:
             loss_sum += micro_sum.detach()
             num_targets += micro_targets
         return loss_sum, num_targets
+
+    def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
+        """What to tell the user; weights and optimizer are those of the last step that was done."""
+        self.optimizer.zero_grad(set_to_none=True)
+        can_checkpoint = hasattr(self.model, "set_activation_checkpointing")
+        ways = what_would_fit(self.config, seq_len=self.seq_len, can_checkpoint=can_checkpoint)
+        reason = str(error).partition(". ")[0]
+        return OutOfMemoryError(
+            f"out of memory in step {self.step + 1} on {self.device} ({reason}), and the step was not done; try {ways}"
+        )
 
     def _rescale_and_clip_gradients(self, factor: Tensor) -> Tensor:
         """Multiply all gradients by `factor`, clip their global norm, and return the norm before clipping."""
@@ -215,9 +244,10 @@ class Trainer:
         size = self.config.micro_batch_size
         batches = self.config.eval_batches
         if batches is None:
-            if not isinstance(data, Sized):
+            sequences = _num_sequences(data, self.seq_len)
+            if sequences is None:
                 raise ConfigError("eval_batches must be set: this data does not say how long it is")
-            batches = max(1, (len(data) - 1) // self.seq_len // size)
+            batches = max(1, sequences // size)
         loss_sum, num_targets, weights = 0.0, 0, constant_weights()
         was_training = self.model.training
         self.model.eval()
@@ -268,7 +298,7 @@ class Trainer:
             settings=self.config.to_dict(),
             data_fingerprint=getattr(self.train_data, "fingerprint", None),
         )
-        folder = save_checkpoint(self.out_dir, self.model, self.tokenizer, state)
+        folder = save_checkpoint(self.out_dir, self.model, self.tokenizer, state, model_files=self.model_files)
         prune_checkpoints(self.out_dir, keep_last=self.config.keep_last)
         return folder
 
@@ -291,7 +321,7 @@ class Trainer:
             raise CheckpointError(f"{path} is not a folder; name a run or one of its step-... folders")
         if list_checkpoints(path):
             path = find_checkpoint(path)
-        state = load_state(path, self.model)
+        state = load_state(path, self.model, model_files=self.model_files)
         self._warn_of_differences(state)
         try:
             self.optimizer.load_state_dict(state.optimizer)
@@ -304,7 +334,7 @@ class Trainer:
 
     def _warn_of_differences(self, state: TrainerState) -> None:
         own = self.config.to_dict()
-        no_effect = {"out_dir", "keep_last", "device", "compile"}
+        no_effect = {"out_dir", "keep_last", "device", "compile", "activation_checkpointing"}
         no_effect |= {name for name in own if name.startswith(("log_", "eval_", "sample_", "save_", "diagnose_"))}
         changed = [
             f"{name} {state.settings[name]!r} -> {value!r}"
@@ -367,6 +397,12 @@ class Trainer:
                         checkpoint = self.save()
                     if stop.requested:
                         break
+        except OutOfMemoryError as error:
+            if self.out_dir is None or self.step == first_step:
+                raise
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise OutOfMemoryError(f"{error}; {self.save()} holds the steps before it, to go on from") from error
         finally:
             screen.close()
             log.close()
@@ -472,6 +508,14 @@ def _own_randomness(seed: int, step: int, device: torch.device) -> Iterator[None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(mixed)
         yield
+
+
+def _num_sequences(data: Dataset, seq_len: int) -> int | None:
+    """How many different sequences there are in the data; None where it does not say so."""
+    if hasattr(data, "num_sequences"):
+        number: int = data.num_sequences(seq_len)
+        return number
+    return (len(data) - 1) // seq_len if isinstance(data, Sized) else None
 
 
 def pick_device(name: str | None) -> torch.device:
