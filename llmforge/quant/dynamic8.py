@@ -35,6 +35,15 @@ _MAPS = {signed: dynamic_map(signed=signed).tolist() for signed in (False, True)
 _tables: dict[tuple[bool, torch.device], tuple[Tensor, Tensor]] = {}
 
 
+def zero_code(*, signed: bool) -> int:
+    """The code of 0.
+
+    >>> zero_code(signed=True), zero_code(signed=False)
+    (127, 0)
+    """
+    return _MAPS[signed].index(0.0)
+
+
 def _tables_for(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Values of the codes and the midpoints between them, on the device of `values`."""
     key = (signed, values.device)
