@@ -12,7 +12,13 @@ FOLDER/logits.f32     <- (number of ids, n_vocab)
 FOLDER/greedy.i32     <- the most probable continuation of the prompt
 FOLDER/response.json  <- {"n_vocab"}
 
-It imports nothing of llmforge: verify.py runs it as a file, so that torch is not loaded twice.
+Or, where the request has "prompts", it answers these (compare.py):
+
+FOLDER/request.json   {"gguf", "context", "prompts": [{"before", "after"}, ...], "special", "add_bos", "max_new_tokens", "temperature",
+                      "seed", "stop"}
+FOLDER/response.json  <- {"answers": [{"text", "scored", "nats", "n_bytes", "cut"}, ...]}
+
+It imports nothing of llmforge: it is run as a file, so that torch is not loaded twice.
 """
 
 import ctypes
@@ -29,6 +35,10 @@ import numpy as np
 def main(folder: Path) -> None:
     """Answer the request in `folder`."""
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    if "prompts" in request:
+        answers = _answers(request)
+        (folder / "response.json").write_text(json.dumps({"answers": answers}), encoding="utf-8")
+        return
     llama = _load(request["gguf"], request["n_ctx"])
     vocab = llama_cpp.llama_model_get_vocab(llama.model)
 
@@ -57,7 +67,87 @@ def main(folder: Path) -> None:
     (folder / "response.json").write_text(json.dumps({"n_vocab": llama.n_vocab()}), encoding="utf-8")
 
 
-def _load(gguf: str, n_ctx: int) -> Any:
+def _answers(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the model writes after each prompt, and -log p of what it should write."""
+    vocab_only = llama_cpp.Llama(request["gguf"], vocab_only=True, verbose=True)
+    vocab = llama_cpp.llama_model_get_vocab(vocab_only.model)
+    special, add_bos = request["special"], request["add_bos"]
+    context = request["context"] or llama_cpp.llama_model_n_ctx_train(vocab_only.model)
+    prepared = []
+    for prompt in request["prompts"]:
+        before = vocab_only.tokenize(prompt["before"].encode(), add_bos=add_bos, special=special)
+        after: list[int] = []
+        if prompt["after"] is not None:
+            whole = vocab_only.tokenize((prompt["before"] + prompt["after"]).encode(), add_bos=add_bos, special=special)
+            if special and whole[: len(before)] == before:
+                after = whole[len(before) :]
+            else:
+                after = vocab_only.tokenize(prompt["after"].encode(), add_bos=False, special=special)
+            if special:
+                end = next((i for i, t in enumerate(after) if llama_cpp.llama_vocab_is_eog(vocab, t)), len(after))
+                after = after[: end + 1]
+        prepared.append((before, after))
+    longest = max(len(before) + max(len(after), request["max_new_tokens"]) for before, after in prepared)
+    llama = _load(request["gguf"], min(context, longest), logits_all=False)
+    vocab = llama_cpp.llama_model_get_vocab(llama.model)
+    return [_answer(llama, vocab, before, after, context, request) for before, after in prepared]
+
+
+def _answer(llama: Any, vocab: Any, before: list[int], after: list[int], context: int, request: dict[str, Any]) -> Any:
+    # As compare.py fits them into the context: the prompt loses its beginning, then the answer its end.
+    scored = after[:context]
+    read = before[-max(1, context + 1 - len(scored)) :]
+    nats = 0.0
+    if scored:
+        llama.reset()
+        llama.eval(read)
+        for i, token in enumerate(scored):
+            nats -= float(_log_probabilities(llama)[token])
+            if i + 1 < len(scored):
+                llama.eval([token])
+
+    random = np.random.default_rng(request["seed"])
+    llama.reset()
+    llama.eval(before[-(context - 1) :])
+    answer: list[int] = []
+    written = b""
+    while len(answer) < request["max_new_tokens"]:
+        token = _choose(_log_probabilities(llama), request["temperature"], random)
+        if llama_cpp.llama_vocab_is_eog(vocab, token):
+            break
+        answer.append(token)
+        written += _piece(vocab, token)
+        if any(stop.encode() in written for stop in request["stop"]) or llama.n_tokens >= context:
+            break
+        llama.eval([token])
+    text = written.decode(errors="replace")
+    found = min((text.find(stop) for stop in request["stop"] if stop in text), default=len(text))
+    return {
+        "text": text[:found],
+        "scored": scored,
+        "nats": nats,
+        "n_bytes": sum(len(_piece(vocab, token)) for token in scored),
+        "cut": len(scored) < len(after) or len(read) < len(before),
+    }
+
+
+def _log_probabilities(llama: Any) -> Any:
+    """Of the next token, (n_vocab) float64."""
+    pointer = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
+    logits = np.ctypeslib.as_array(pointer, shape=(llama.n_vocab(),)).astype(np.float64)
+    logits -= logits.max()
+    return logits - np.log(np.exp(logits).sum())
+
+
+def _choose(log_probabilities: Any, temperature: float, random: np.random.Generator) -> int:
+    if temperature == 0:
+        return int(log_probabilities.argmax())
+    scaled = log_probabilities / temperature
+    weights = np.exp(scaled - scaled.max())
+    return int(random.choice(len(weights), p=weights / weights.sum()))
+
+
+def _load(gguf: str, n_ctx: int, *, logits_all: bool = True) -> Any:
     # Without the weights repacked for the CPU: llama.cpp built by GCC 12 crashes on Q8_0 there, on a CPU with AMX. The binding has
     # no argument for it, so the defaults that it starts from are changed.
     module = llama_cpp.llama_cpp
@@ -72,7 +162,9 @@ def _load(gguf: str, n_ctx: int) -> Any:
     module.llama_model_default_params = without_extra_buffers
     # Keys and values as float32 and no flash attention: what is compared is the file, not the cache's rounding.
     f32 = llama_cpp.GGML_TYPE_F32
-    return llama_cpp.Llama(gguf, n_ctx=n_ctx, logits_all=True, flash_attn=False, type_k=f32, type_v=f32, verbose=True)
+    return llama_cpp.Llama(
+        gguf, n_ctx=n_ctx, logits_all=logits_all, flash_attn=False, type_k=f32, type_v=f32, verbose=True
+    )
 
 
 def _piece(vocab: Any, token: int) -> bytes:
