@@ -11,6 +11,7 @@ in full, or not at all.
 Source: peft 0.21's LoraConfig and the files it writes.
 """
 
+import json
 import math
 import os
 import re
@@ -19,12 +20,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from llmforge.config import read_json_object
 from llmforge.errors import CheckpointError, ConfigError, shown, some
-from llmforge.finetune.lora import ALL_LINEAR, LoRAConfig, compiled, targets
+from llmforge.finetune.lora import (
+    LayerSettings,
+    LoRAConfig,
+    adapter_names,
+    attach_,
+    compiled,
+    linear_layers,
+    lora_config,
+    targeted,
+    targets,
+)
 from llmforge.finetune.quantize import NF4Config
+from llmforge.formats.atomic import atomic_folder
 from llmforge.formats.lazy import LazyTensor
-from llmforge.formats.safetensors import read_safetensors
+from llmforge.formats.safetensors import SINGLE_FILE, read_safetensors, write_safetensors
+from llmforge.nn.linear4bit import Linear4bit
+from llmforge.nn.lora import LoRALinear, lora_layers, saved_modules
+from llmforge.tokenizers import Tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -37,7 +55,7 @@ _KEY = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?
 # Keys of adapter_config.json that do not change what the adapter computes.
 _IGNORED = """
     peft_type base_model_name_or_path task_type inference_mode revision auto_mapping peft_version init_lora_weights fan_in_fan_out
-    base_model_class parent_library megatron_core loftq_config qalora_group_size runtime_config layers_pattern exclude_modules
+    base_model_class parent_library megatron_core loftq_config qalora_group_size runtime_config layers_pattern
 """
 _READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "modules_to_save"}
 _PATTERNS = {"rank_pattern", "alpha_pattern"}
@@ -45,6 +63,7 @@ _PATTERNS = {"rank_pattern", "alpha_pattern"}
 _OFF = {
     "bias": "trained biases are no part of LoRALinear",
     "lora_bias": "biases of lora_B are no part of LoRALinear",
+    "exclude_modules": "it leaves out layers that target_modules names",
     "layers_to_transform": "it leaves out layers that target_modules names",
     "trainable_token_indices": "rows of the embedding trained by themselves are not read",
     "layer_replication": "it changes how many layers the base has",
@@ -293,14 +312,251 @@ def _check_complete(
         raise CheckpointError(f"{path} has no tensors for {some(absent)}, which modules_to_save names")
 
 
-__all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
-    "ALL_LINEAR",
-    "BASE_FILE",
-    "Adapter",
-    "LoRATensors",
-    "Rounding",
-    "is_adapter_folder",
-    "read_adapter",
-]
+def save_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, name: str = "default", base_model: str | None = None
+) -> Path:
+    """Write an adapter of a model as PEFT reads it, and base.json beside it; the folder appears when it is complete.
+
+    Args:
+        folder: replaced if it holds an adapter already; otherwise it must be new or empty.
+        base_model: the folder or "owner/name" of the model under the adapter, for those who load it.
+    Returns:
+        the folder.
+    Raises:
+        ConfigError: no adapter of that name.
+        WriteError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    lora_config(model, name=name)  # before any work
+    with atomic_folder(folder, overwrite=is_adapter_folder(folder)) as tmp:
+        write_adapter(tmp, model, name=name, base_model=base_model)
+    return folder
+
+
+def write_adapter(folder: Path, model: nn.Module, *, name: str, base_model: str | None) -> None:
+    """`save_adapter` into an existing folder, which is not made atomic here."""
+    config = lora_config(model, name=name)
+    layers = {path: layer.adapter(name) for path, layer in lora_layers(model).items() if name in layer.adapters}
+    tensors: dict[str, LazyTensor] = {}
+    for path, adapter in layers.items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = LazyTensor.of(adapter.A)
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = LazyTensor.of(adapter.B)
+        if adapter.magnitude is not None:
+            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = LazyTensor.of(adapter.magnitude)
+    for parameter_name, parameter in _copies(model, name).items():
+        tensors[f"{_PREFIX}{parameter_name}"] = LazyTensor.of(parameter)
+    write_safetensors(folder, tensors, max_shard_bytes=None)
+    (folder / SINGLE_FILE).replace(folder / ADAPTER_WEIGHTS)
+
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": config.r,
+        "lora_alpha": _plain(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "target_modules": list(config.target_modules),
+        "bias": "none",
+        # transformers keeps GPT-2's matrices transposed (Conv1D); A and B are the same.
+        "fan_in_fan_out": getattr(getattr(model, "config", None), "FAMILY", None) == "gpt",
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "rank_pattern": {path: each.r for path, each in layers.items() if each.r != config.r},
+        "alpha_pattern": {
+            path: _plain(each.lora_alpha) for path, each in layers.items() if each.lora_alpha != config.lora_alpha
+        },
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    _write_json(folder / ADAPTER_CONFIG, values)
+    rounding = rounding_of(model)
+    described = None if rounding is None else {"nf4": rounding.nf4.to_dict(), "modules": list(rounding.modules)}
+    _write_json(folder / BASE_FILE, {"base_model": base_model, "rounding": described})
+
+
+def load_adapter_(model: nn.Module, folder: str | os.PathLike[str], *, name: str = "default") -> list[str]:
+    """Give a model the adapter in a folder of PEFT or `save_adapter`; it is active then and alone trains, as after `apply_lora_`.
+
+    Returns:
+        the names of the layers, in order, and of the modules of `modules_to_save`.
+    Raises:
+        CheckpointError: see `read_adapter`; or the adapter does not fit: a layer or module that the model lacks, one that should
+            have an adapter and has none in the file, another shape. Nothing is changed then.
+        ConfigError: the model has an adapter of that name.
+    """
+    folder = Path(folder)
+    adapter = read_adapter(folder)
+    if name in adapter_names(model):
+        raise ConfigError(f"the model has an adapter {name!r} already; give the new one another name")
+    _check_fits(model, adapter, folder)
+    saved = list(dict.fromkeys(key.rpartition(".")[0] for key in adapter.saved))
+    in_order = [path for path in linear_layers(model) if path in adapter.layers]
+    settings = {path: _settings(adapter.config, adapter.layers[path]) for path in in_order}
+    try:
+        names = attach_(model, adapter.config, settings, saved, name=name)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder} does not fit the model: {error}") from error
+    _fill_(model, adapter, name)
+    return names
+
+
+class AdapterFiles:
+    """What a checkpoint of a tuning run holds of the model: the adapter alone (`training.ModelFiles`).
+
+    Args:
+        base_model: the folder or "owner/name" of the model under the adapter.
+        name: of the adapter.
+    """
+
+    def __init__(self, base_model: str | None = None, *, name: str = "default") -> None:
+        self.base_model, self.name = base_model, name
+
+    def save(self, folder: Path, model: nn.Module, tokenizer: Tokenizer | None) -> None:
+        """Write PEFT's files and base.json into an existing folder, and the tokenizer if there is one."""
+        write_adapter(folder, model, name=self.name, base_model=self.base_model)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+    def load_(self, folder: Path, model: nn.Module) -> None:
+        """Put the values of a folder into the adapter that the model has, to the bit.
+
+        Raises:
+            CheckpointError: the folder's adapter has other layers, shapes or settings than the model's.
+        """
+        adapter = read_adapter(folder)
+        if self.name not in adapter_names(model):
+            raise CheckpointError(f"the model has no adapter {self.name!r} to load {folder} into; apply_lora_ first")
+        layers = {
+            path: layer.adapter(self.name) for path, layer in lora_layers(model).items() if self.name in layer.adapters
+        }
+        copies = _copies(model, self.name)
+        here = {path: (each.A.shape, each.B.shape, each.magnitude is not None) for path, each in layers.items()}
+        there = {
+            path: (each.A.shape, each.B.shape, each.magnitude is not None) for path, each in adapter.layers.items()
+        }
+        own_shapes = {key: tuple(parameter.shape) for key, parameter in copies.items()}
+        if different := sorted(
+            {path for path in here.keys() | there.keys() if here.get(path) != there.get(path)}
+            | (own_shapes.keys() ^ adapter.saved.keys())
+            | {key for key in own_shapes.keys() & adapter.saved.keys() if own_shapes[key] != adapter.saved[key].shape}
+        ):
+            raise CheckpointError(
+                f"{folder} holds another adapter than the model has: {some(different)}; resume with the settings that the run began with"
+            )
+        scales = [
+            path for path, each in layers.items() if not _close(each.scale / each.factor, adapter.layers[path].scale)
+        ]
+        if scales:
+            path = scales[0]
+            raise CheckpointError(
+                f"{folder} has the scale {adapter.layers[path].scale:g} for {path}, the model {layers[path].scale:g}; resume with the "
+                "lora_alpha that the run began with"
+            )
+        _fill_(model, adapter, self.name)
+
+
+def rounding_of(model: nn.Module) -> Rounding | None:
+    """Which layers of a model are rounded to NF4, and how; None where there are none."""
+    rounded: dict[str, Linear4bit] = {}
+    others = []
+    for path, layer in linear_layers(model).items():
+        base = layer.base if isinstance(layer, LoRALinear) else layer
+        if isinstance(base, Linear4bit):
+            rounded[path] = base
+        else:
+            others.append(path)
+    others += list(saved_modules(model))
+    if not rounded:
+        return None
+    first = next(iter(rounded.values()))
+    parts = {path.rpartition(".")[2] for path in rounded}
+    # As they were given, if it was by last parts.
+    skip = {path if path.rpartition(".")[2] in parts else path.rpartition(".")[2] for path in others}
+    nf4 = NF4Config(block_size=first.block_size, double_quant=first.double_quant, skip=tuple(sorted(skip)))
+    return Rounding(nf4, tuple(rounded))
+
+
+def _copies(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of an adapter's copies of modules, by the names that they have in the base."""
+    return {
+        f"{path}.{key}": parameter
+        for path, module in saved_modules(model).items()
+        if name in module.copies
+        for key, parameter in module.copies[name].named_parameters()
+    }
+
+
+@torch.no_grad()
+def _fill_(model: nn.Module, adapter: Adapter, name: str) -> None:
+    layers = lora_layers(model)
+    for path, tensors in adapter.layers.items():
+        own = layers[path].adapter(name)
+        own.A.copy_(tensors.A.read())
+        own.B.copy_(tensors.B.read())
+        if own.magnitude is not None and tensors.magnitude is not None:
+            own.magnitude.copy_(tensors.magnitude.read())
+    copies = _copies(model, name)
+    for key, tensor in adapter.saved.items():
+        copies[key].copy_(tensor.read())
+
+
+def _settings(config: LoRAConfig, tensors: LoRATensors) -> LayerSettings:
+    r = tensors.A.shape[0]
+    alpha = tensors.scale * (math.sqrt(r) if config.use_rslora else r)
+    # What the file said, not what is left of it after a division and a product.
+    alpha = next((near for near in (config.lora_alpha, float(round(alpha))) if _close(near, alpha)), alpha)
+    return LayerSettings(r, alpha)
+
+
+def _check_fits(model: nn.Module, adapter: Adapter, folder: Path) -> None:
+    def misfit(what: str) -> CheckpointError:
+        return CheckpointError(f"{folder} does not fit the model: {what}; load the model that it was trained on")
+
+    layers = linear_layers(model)
+    if strange := [path for path in adapter.layers if path not in layers]:
+        raise misfit(f"it has tensors for {some(strange)}, and the model no such linear layer")
+    try:
+        wanted = targeted(model, adapter.config.target_modules)
+    except ConfigError as error:
+        raise misfit(str(error)) from error
+    if missing := [path for path in wanted if path not in adapter.layers]:
+        raise misfit(f"target_modules names {some(missing)}, and the file has no tensors for it")
+    for path, tensors in adapter.layers.items():
+        layer: Any = layers[path]
+        shape, own = (tensors.B.shape[0], tensors.A.shape[1]), (layer.out_features, layer.in_features)
+        if shape != own:
+            raise misfit(f"{path} is {shape} (out, in) there and {own} in the model")
+    parameters = {key: tuple(parameter.shape) for key, parameter in base_parameters(model).items()}
+    for key, tensor in adapter.saved.items():
+        if parameters.get(key) != tensor.shape:
+            raise misfit(f"{key} is {tensor.shape} there and {parameters.get(key, 'not')} in the model")
+    modules = {key.rpartition(".")[0] for key in adapter.saved}
+    if missing := [key for key in parameters if key.rpartition(".")[0] in modules and key not in adapter.saved]:
+        raise misfit(f"it has no {some(missing)}")
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model by the names that they have without adapters; shared ones under each name."""
+    wrappers = {**lora_layers(model), **saved_modules(model)}
+    found = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        path = next((path for path in wrappers if key.startswith(f"{path}.")), None)
+        if path is None:
+            found[key] = parameter
+        elif key.startswith(f"{path}.base."):
+            found[f"{path}.{key.removeprefix(f'{path}.base.')}"] = parameter
+    return found
+
+
+def _close(left: float, right: float) -> bool:
+    return math.isclose(left, right, rel_tol=1e-9)
+
+
+def _plain(number: float) -> float:
+    """A whole number as an int, as PEFT writes it."""
+    return int(number) if float(number).is_integer() else number
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
