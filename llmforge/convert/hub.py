@@ -47,6 +47,8 @@ def download(name: str, *, revision: str | None = None) -> Path:
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(f"cannot download {what}: {str(error).strip().splitlines()[0]}") from error
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{what} holds no model in transformers' form: it has no config.json")
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{what} holds no model in transformers' form: it has no config.json, and no adapter of PEFT's"
+        )
     return folder

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def export_hf(
         stored = {tensor.dtype for tensor in published.tensors.values() if len(tensor.shape) > 1}
         dtype = stored.pop() if len(stored) == 1 and stored <= _DTYPES.keys() else torch.float32
     family_config, tensors, more, notes = published.family.to_hf(published.config, published.tensors, ternary)
-    published = Published(published.family, family_config, tensors, published.notes + notes)
+    published = replace(published, config=family_config, tensors=tensors, notes=published.notes + notes)
     config = _hf_config(published, tokenizer, dtype) | more
     hf_tensors = _hf_tensors(published, dtype)
     with atomic_folder(folder, overwrite=overwrite) as tmp:
