@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmforge.convert.base import Family, Tensors
+from llmforge.convert.bitsandbytes import NF4LazyTensor, is_bitsandbytes_4bit, read_bitsandbytes
 from llmforge.convert.published import FAMILIES, Published, account, read_config
 from llmforge.errors import CheckpointError, ConfigError, ConvertError, one_line, shown
 from llmforge.formats.safetensors import read_safetensors
@@ -42,12 +43,17 @@ def read_hf(folder: Path) -> Published:
             "as safetensors: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder), where you trust it"
         )
     config = _own_config(family, values, folder / "config.json")
+    stored = read_safetensors(folder)
+    if is_bitsandbytes_4bit(values):
+        stored = read_bitsandbytes(folder, stored)
     tensors: Tensors = {}
-    for hf_name, tensor in read_safetensors(folder).items():
+    for hf_name, tensor in stored.items():
         name = family.own_name(hf_name)
         if name in tensors:
             raise CheckpointError(f"{folder} has two tensors for {name}; one of them is {hf_name!r}")
-        if name is not None:
+        if isinstance(tensor, NF4LazyTensor) and name is not None:
+            tensors[name] = tensor  # (out, in), also where the layer was a Conv1D before it was quantized
+        elif name is not None:
             tensors[name] = tensor.then(partial(family.hf_layout, name), by_row=family.hf_keeps_rows(name))
     tensors = family.from_hf(values, tensors)
     return account(family, config, tensors, CheckpointError(f"{folder} does not fit its config"))
@@ -56,7 +62,7 @@ def read_hf(folder: Path) -> Published:
 def _own_config(family: Family, values: dict[str, Any], path: Path) -> Any:
     values = family.config_from_hf(values)
     fixed = {**_FIXED, **family.hf_fixed}
-    if not family.hf_quantized:
+    if not family.hf_quantized and not is_bitsandbytes_4bit(values):
         fixed["quantization_config"] = None
     for key, required in fixed.items():
         if values.get(key, required) not in (required, None):

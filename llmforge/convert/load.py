@@ -15,6 +15,7 @@ from llmforge.convert.from_torch import read_torch
 from llmforge.convert.hub import download
 from llmforge.convert.published import FAMILIES, Published, account, assemble, family_of, publish, read_config
 from llmforge.errors import CheckpointError, ConfigError, shown
+from llmforge.finetune.quantize import NF4Config
 from llmforge.formats.safetensors import read_safetensors
 from llmforge.models import LanguageModel
 from llmforge.tokenizers import Tokenizer, load_tokenizer
@@ -35,6 +36,7 @@ def load(
     revision: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    quantize: NF4Config | None = None,
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """Read a model and its tokenizer, one tensor at a time through memory mapping.
 
@@ -44,6 +46,9 @@ def load(
         checkpoint: of a run: "latest" (None means that), "best", or a name like "step-000500".
         revision: of "owner/name": a branch, tag or commit; None = main.
         dtype: of the weights; None = float32, whatever the files hold.
+        quantize: round the linear layers to NF4 as they are read (`quantize_`), so that no more than some rows of them are floats at
+            a time. The values in the file are rounded, whatever `dtype` says; codes that are NF4 already, of the same settings, are
+            taken as they are.
     Returns:
         the model in evaluation mode, and the tokenizer, None where there are no tokenizer files beside the model.
     Raises:
@@ -51,7 +56,7 @@ def load(
         ConvertError: a model that no family here can express.
     """
     published, tokenizer = open_model(path, checkpoint=checkpoint, revision=revision)
-    return assemble(published, dtype=dtype or torch.float32, device=device), tokenizer
+    return assemble(published, dtype=dtype or torch.float32, device=device, quantize=quantize), tokenizer
 
 
 def open_model(

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from llmforge.config import read_json_object
 from llmforge.convert.base import Family, Tensors
 from llmforge.convert.bitnet import FloatBitNet, HFBitNet, TernaryLlama
+from llmforge.convert.bitsandbytes import NF4LazyTensor, lazy_nf4
 from llmforge.convert.gpt2 import GPT2
 from llmforge.convert.llama import HFLlama, HFMistral, HFQwen2, HFQwen3
 from llmforge.errors import CheckpointError, ConfigError, ConvertError, some
+from llmforge.finetune.quantize import NF4Config, empty_linear4bit, quantizable
 from llmforge.formats.lazy import LazyTensor
 from llmforge.models import LanguageModel
-from llmforge.nn import PackedBitLinear
+from llmforge.nn import Linear4bit, PackedBitLinear
+from llmforge.nn.lora import check_mergeable, lora_layers, saved_modules
+from llmforge.nn.replace import exchange_modules_
+from llmforge.quant.nf4 import NF4Quantizer
 from llmforge.tokenizers import Tokenizer
 
 # The first that reads a file is taken: what asks for more than a name comes before what does not.
@@ -127,8 +132,11 @@ def account(family: Family, config: Any, tensors: Tensors, misfit: Exception) ->
 def publish(model: nn.Module) -> Published:
     """Account for every tensor of a model, which stays as it is.
 
+    Matrices in NF4 become the floats that they stand for, and active adapters are merged into the weights beside them.
+
     Raises:
         ConvertError: an unknown kind of model, a packed one, or a tensor too many or too few.
+        ConfigError: an adapter that cannot be merged, beside a BitLinear.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) is a wrapper
     if any(isinstance(module, PackedBitLinear) for module in model.modules()):
@@ -142,9 +150,53 @@ def publish(model: nn.Module) -> Published:
             "load its state_dict() into that one and export it"
         )
     family = family_of(model.config)
-    tensors = {name: LazyTensor.of(tensor) for name, tensor in model.state_dict().items()}
+    tensors, notes = _decoded(model, {name: LazyTensor.of(tensor) for name, tensor in model.state_dict().items()})
+    config, tensors, merged = _merged(family, model, tensors)
     misfit = ConvertError(f"the model is not a plain {family.model_class.__name__} of its config")
-    return account(family, model.config, tensors, misfit)
+    return replace(account(family, config, tensors, misfit), notes=notes + merged)
+
+
+def _merged(family: Family, model: Any, tensors: Tensors) -> tuple[Any, Tensors, list[str]]:
+    """Config and tensors with the active adapters in the weights, under the names that they have without, and what to say about it.
+
+    Args:
+        tensors: of the state_dict.
+    """
+    config: Any = model.config
+    layers, modules = lora_layers(model), saved_modules(model)
+    if not layers and not modules:
+        return config, tensors, []
+    floats = next(t.dtype for t in tensors.values() if len(t.shape) > 1 and t.dtype.is_floating_point)
+    plain = dict(tensors)
+    for name in (*layers, *modules):
+        for key in [key for key in plain if key.startswith(f"{name}.")]:
+            del plain[key]
+    for name, layer in layers.items():
+        check_mergeable(layer.base)
+        weight = getattr(layer.base, "weight", None)
+        dtype = weight.dtype if isinstance(weight, Tensor) else floats  # of 4 bits: the one of its input
+        shape = (layer.out_features, layer.in_features)
+        plain[f"{name}.weight"] = LazyTensor(shape, dtype, partial(layer.merged_weight, dtype))
+        if layer.bias is not None:
+            plain[f"{name}.bias"] = LazyTensor.of(layer.bias)
+    for name, module in modules.items():
+        copy = module.base if module.active is None else module.copies[module.active]
+        for parameter, values in module.base.named_parameters():
+            in_base = partial(Tensor.to, dtype=values.dtype)
+            plain[f"{name}.{parameter}"] = LazyTensor.of(copy.get_parameter(parameter)).then(in_base, by_row=True)
+    changed = {f"{name}.weight" for name in (*layers, *modules)}
+    if getattr(config, "tie_word_embeddings", False):
+        tied = [
+            names
+            for names in shared_names(family.blueprint(config.replace(**{family.layers_field: 1})))
+            if len(names) > 1
+        ]
+        if any(changed.intersection(names) for names in tied):  # which are two matrices now
+            config = config.replace(tie_word_embeddings=False)
+    active = {name for layer in layers.values() for name in layer.active}
+    active |= {module.active for module in modules.values() if module.active is not None}
+    what = f"the adapter {' and '.join(sorted(active))} is" if active else "no adapter is"
+    return config, plain, [f"{what} merged into the weights of {len(layers) + len(modules)} modules"]
 
 
 def prepare(published: Published, tokenizer: Tokenizer | None) -> Published:
@@ -162,21 +214,88 @@ def prepare(published: Published, tokenizer: Tokenizer | None) -> Published:
 
 
 def assemble(
-    published: Published, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    published: Published,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: NF4Config | None = None,
 ) -> LanguageModel:
-    """Build the model, one tensor at a time: host memory beside a model on another device is that of the largest tensor."""
-    misfit = CheckpointError("the model cannot be built")
+    """Build the model, some rows at a time: host memory beside a model on another device is that of some rows, or of the largest
+    tensor that is not stored by rows.
+
+    Args:
+        quantize: make `Linear4bit` layers of those that `quantize_` would exchange, from the values in the file, whatever `dtype` is.
+    Raises:
+        CheckpointError: no such model can be, or a matrix to be quantized holds NaN or infinity.
+    """
+    misfit, device = CheckpointError("the model cannot be built"), torch.device(device)
     model = _blueprint(published.family, published.config, misfit)
+    if quantize is not None:
+        layers = quantizable(model, quantize)
+        new: dict[nn.Module, nn.Module] = {
+            layer: _linear4bit(f"{name}.weight", published, layer, quantize, device) for name, layer in layers.items()
+        }
+        exchange_modules_(model, new)
     for names in _shared_names(model):
-        tensor = published.tensors[names[0]]
-        # To the device in the type of the file, and only there to the type asked for. What lies on the CPU may be a mapped file.
-        values = tensor.read().to(device)
-        values = values.to(dtype, copy=values.device.type == "cpu", memory_format=torch.contiguous_format)
-        parameter = nn.Parameter(values)
+        parameter = nn.Parameter(_values(published.tensors[names[0]], dtype, device))
         for name in names:
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, parameter)
     return model.eval()
+
+
+def _values(tensor: LazyTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor on a device, in memory of its own."""
+    # To the device in the type of the file, and only there to the type asked for.
+    if tensor.read_rows is None or device.type == "meta":
+        values = tensor.read().to(device)  # on the CPU maybe a mapped file
+        return values.to(dtype, copy=values.device.type == "cpu", memory_format=torch.contiguous_format)
+    values, start = torch.empty(tensor.shape, dtype=dtype, device=device), 0
+    rows = values.view(-1, tensor.row_length)
+    for block in tensor.blocks():
+        rows[start : start + len(block)].copy_(block.to(device))
+        start += len(block)
+    return values
+
+
+def _linear4bit(
+    name: str, published: Published, linear: nn.Linear, config: NF4Config, device: torch.device
+) -> Linear4bit:
+    """The layer in NF4 for one on "meta", whose bias it takes; the matrix is rounded on the device, some rows at a time."""
+    tensor = published.tensors[name]
+    if device.type == "meta":
+        return empty_linear4bit(linear, config)
+    if isinstance(tensor, NF4LazyTensor):
+        nf4 = tensor.read_nf4(device)
+        if (nf4.block_size, nf4.nested_absmax is not None) == (config.block_size, config.double_quant):
+            return Linear4bit.from_nf4(nf4, linear.bias)
+    quantizer = NF4Quantizer(
+        tensor.shape, block_size=config.block_size, double_quant=config.double_quant, device=device
+    )
+    for block in tensor.blocks():
+        quantizer.add(block)
+    try:
+        return Linear4bit.from_nf4(quantizer.finish(), linear.bias)
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def _decoded(model: nn.Module, tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """The tensors of a state_dict with a matrix in the place of each layer's codes and scales, and what to say about it."""
+    layers = {
+        name: layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Linear4bit)
+    }
+    if not layers:
+        return tensors, []
+    # The type of the embedding: the layer computes in the one of its input.
+    dtype = next(t.dtype for t in tensors.values() if len(t.shape) > 1 and t.dtype.is_floating_point)
+    tensors = dict(tensors)
+    for name, layer in layers.items():
+        for buffer in [key for key, value in layer.named_buffers() if value is not None]:
+            del tensors[f"{name}.{buffer}"]
+        tensors[f"{name}.weight"] = lazy_nf4(layer.nf4(), dtype)
+    note = f"the matrices of {len(layers)} linear layers were rounded to NF4 (4 bits) in memory, and are written as computed with"
+    return tensors, [note]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
