@@ -9,7 +9,13 @@ from llmforge.training.checkpoint import (
     verify_manifest,
 )
 from llmforge.training.config import TrainConfig
-from llmforge.training.loss import IGNORED, LossFunction, next_token_loss
+from llmforge.training.loss import (
+    IGNORED,
+    LossFunction,
+    chunked_cross_entropy,
+    chunked_next_token_loss,
+    next_token_loss,
+)
 from llmforge.training.metrics import EvalMetrics, StepMetrics, TrainResult, read_log
 from llmforge.training.optim import build_optimizer
 from llmforge.training.schedule import learning_rate
@@ -27,6 +33,8 @@ __all__ = [
     "Trainer",
     "WholeModel",
     "build_optimizer",
+    "chunked_cross_entropy",
+    "chunked_next_token_loss",
     "find_checkpoint",
     "learning_rate",
     "list_checkpoints",
