@@ -17,9 +17,10 @@ from torch import Tensor
 
 from llmforge.convert.base import Tensors
 from llmforge.errors import CheckpointError, ConvertError, shown
+from llmforge.finetune.quantize import NF4Config
 from llmforge.formats.lazy import LazyTensor
 from llmforge.quant.dynamic8 import BLOCK_SIZE, dynamic_map
-from llmforge.quant.nf4 import BLOCK_SIZES, CODEBOOK, NF4Tensor, dequantize_nf4, dequantize_rows_nf4
+from llmforge.quant.nf4 import BLOCK_SIZES, CODEBOOK, NF4Quantizer, NF4Tensor, dequantize_nf4, dequantize_rows_nf4
 
 _STATE = ".quant_state.bitsandbytes__"
 _MAX_STATE_BYTES = 10_000
@@ -32,7 +33,7 @@ class NF4LazyTensor(LazyTensor):
 
     read_codes: Callable[[], NF4Tensor] | None = None
 
-    def read_nf4(self, device: torch.device) -> NF4Tensor:
+    def read_nf4(self, device: torch.device | str) -> NF4Tensor:
         """The codes as they are stored, in memory of their own."""
         assert self.read_codes is not None
         nf4 = self.read_codes()
@@ -48,6 +49,24 @@ def lazy_nf4(nf4: NF4Tensor, dtype: torch.dtype) -> LazyTensor:
     """A tensor in NF4 as one that is decoded when it is read."""
     by_row = partial(dequantize_rows_nf4, nf4, dtype=dtype) if len(nf4.shape) == 2 and nf4.numel else None
     return LazyTensor(nf4.shape, dtype, partial(dequantize_nf4, nf4, dtype=dtype), by_row)
+
+
+def nf4_of(tensor: LazyTensor, config: NF4Config, *, device: torch.device | str = "cpu") -> NF4Tensor:
+    """A tensor in NF4, made on a device some rows at a time; codes that are stored with the same settings are taken as they are.
+
+    Raises:
+        ConfigError: NaN or infinity among the values.
+    """
+    if isinstance(tensor, NF4LazyTensor):
+        nf4 = tensor.read_nf4(device)
+        if (nf4.block_size, nf4.nested_absmax is not None) == (config.block_size, config.double_quant):
+            return nf4
+    quantizer = NF4Quantizer(
+        tensor.shape, block_size=config.block_size, double_quant=config.double_quant, device=device
+    )
+    for block in tensor.blocks():
+        quantizer.add(block)
+    return quantizer.finish()
 
 
 def is_bitsandbytes_4bit(values: Mapping[str, Any]) -> bool:

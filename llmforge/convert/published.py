@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from llmforge.config import read_json_object
 from llmforge.convert.base import Family, Tensors
 from llmforge.convert.bitnet import FloatBitNet, HFBitNet, TernaryLlama
-from llmforge.convert.bitsandbytes import NF4LazyTensor, lazy_nf4
+from llmforge.convert.bitsandbytes import lazy_nf4, nf4_of
 from llmforge.convert.gpt2 import GPT2
 from llmforge.convert.llama import HFLlama, HFMistral, HFQwen2, HFQwen3
 from llmforge.errors import CheckpointError, ConfigError, ConvertError, some
@@ -23,7 +24,6 @@ from llmforge.models import LanguageModel
 from llmforge.nn import Linear4bit, PackedBitLinear
 from llmforge.nn.lora import check_mergeable, lora_layers, saved_modules
 from llmforge.nn.replace import exchange_modules_
-from llmforge.quant.nf4 import NF4Quantizer
 from llmforge.tokenizers import Tokenizer
 
 # The first that reads a file is taken: what asks for more than a name comes before what does not.
@@ -64,10 +64,17 @@ class Published:
     config: Any
     tensors: Tensors
     notes: list[str] = field(default_factory=list)
+    files: tuple[Path, ...] = ()  # that it is read from; none of a model in memory
 
     @property
     def num_params(self) -> int:
         return sum(tensor.numel for tensor in self.tensors.values())
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that one forward pass of the model can hold."""
+        length: int = getattr(self.config, self.family.gguf_fields["context_length"][0])
+        return length
 
 
 def family_of(config: Any) -> Family:
@@ -101,7 +108,7 @@ def account(family: Family, config: Any, tensors: Tensors, misfit: Exception) ->
     # All layers are alike, and one is built: a small file can announce many.
     blueprint = _blueprint(family, config.replace(**{family.layers_field: 1}), misfit)
     tensors = dict(tensors)
-    for first, *others in _shared_names(blueprint):
+    for first, *others in shared_names(blueprint):
         for name in others:
             if name in tensors and first not in tensors:  # saved under the other name
                 tensors[first] = tensors.pop(name)
@@ -210,7 +217,7 @@ def prepare(published: Published, tokenizer: Tokenizer | None) -> Published:
     config, tensors = family.complete(published.config, tensors)
     if tokenizer is not None:
         config, tensors = _fit_vocabulary(family, config, tensors, tokenizer, notes)
-    return Published(family, config, tensors, notes)
+    return replace(published, config=config, tensors=tensors, notes=notes)
 
 
 def assemble(
@@ -236,7 +243,7 @@ def assemble(
             layer: _linear4bit(f"{name}.weight", published, layer, quantize, device) for name, layer in layers.items()
         }
         exchange_modules_(model, new)
-    for names in _shared_names(model):
+    for names in shared_names(model):
         parameter = nn.Parameter(_values(published.tensors[names[0]], dtype, device))
         for name in names:
             module, _, leaf = name.rpartition(".")
@@ -262,20 +269,10 @@ def _linear4bit(
     name: str, published: Published, linear: nn.Linear, config: NF4Config, device: torch.device
 ) -> Linear4bit:
     """The layer in NF4 for one on "meta", whose bias it takes; the matrix is rounded on the device, some rows at a time."""
-    tensor = published.tensors[name]
     if device.type == "meta":
         return empty_linear4bit(linear, config)
-    if isinstance(tensor, NF4LazyTensor):
-        nf4 = tensor.read_nf4(device)
-        if (nf4.block_size, nf4.nested_absmax is not None) == (config.block_size, config.double_quant):
-            return Linear4bit.from_nf4(nf4, linear.bias)
-    quantizer = NF4Quantizer(
-        tensor.shape, block_size=config.block_size, double_quant=config.double_quant, device=device
-    )
-    for block in tensor.blocks():
-        quantizer.add(block)
     try:
-        return Linear4bit.from_nf4(quantizer.finish(), linear.bias)
+        return Linear4bit.from_nf4(nf4_of(published.tensors[name], config, device=device), linear.bias)
     except ConfigError as error:
         raise CheckpointError(f"{name}: {error}") from error
 
@@ -351,7 +348,7 @@ def _same(left: LazyTensor, right: LazyTensor) -> bool:
     return all(torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) for a, b in pairs)
 
 
-def _shared_names(model: nn.Module) -> list[list[str]]:
+def shared_names(model: nn.Module) -> list[list[str]]:
     """The names of each parameter; more than one where it is shared."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmforge.errors import ConfigError
-from llmforge.quant.dynamic8 import dequantize_dynamic, is_plain, quantize_dynamic
+from llmforge.quant.dynamic8 import BLOCK_SIZE, dequantize_dynamic, is_plain, quantize_dynamic
 
 CODEBOOK = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -58,11 +58,15 @@ class NF4Tensor:
         parts = (self.codes, self.absmax, self.nested_absmax, self.offset)
         return sum(part.nbytes for part in parts if part is not None)
 
-    def scales(self) -> Tensor:
-        """The scale of each block, float32."""
+    def scales(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The scales of blocks `start` to `stop` (None: all), float32."""
+        stop = self.absmax.numel() if stop is None else stop
         if self.nested_absmax is None or self.offset is None:
-            return self.absmax
-        return dequantize_dynamic(self.absmax, self.nested_absmax, signed=True).add_(self.offset)
+            return self.absmax[start:stop]
+        begin = start // BLOCK_SIZE * BLOCK_SIZE  # of a scale of scales
+        nested = self.nested_absmax[begin // BLOCK_SIZE : -(-stop // BLOCK_SIZE)]
+        scales = dequantize_dynamic(self.absmax[begin:stop], nested, signed=True)
+        return scales[start - begin :].add_(self.offset)
 
 
 class NF4Quantizer:
@@ -193,12 +197,13 @@ def dequantize_nf4(nf4: NF4Tensor, *, dtype: torch.dtype = torch.float32, backen
 
 
 def dequantize_rows_nf4(nf4: NF4Tensor, start: int, stop: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows `start` to `stop` of `dequantize_nf4`, in memory for these rows (and the scales of all)."""
+    """Rows `start` to `stop` of `dequantize_nf4`, in the time and memory of these rows."""
     width = math.prod(nf4.shape[1:])
     first, last = start * width, stop * width
-    begin = first // nf4.block_size * nf4.block_size  # whole blocks, hence whole bytes
+    block = first // nf4.block_size
+    begin = block * nf4.block_size  # whole blocks, hence whole bytes
     out = nf4.codes.new_empty(last - begin, dtype=dtype)
-    _decode(nf4.codes[begin // 2 :], nf4.scales()[begin // nf4.block_size :], out, nf4.block_size)
+    _decode(nf4.codes[begin // 2 :], nf4.scales(block, -(-last // nf4.block_size)), out, nf4.block_size)
     return out[first - begin :].view(stop - start, *nf4.shape[1:])
 
 
