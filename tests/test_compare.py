@@ -4,6 +4,8 @@ import argparse
 import json
 import math
 import re
+import shlex
+import shutil
 import weakref
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,11 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmforge import BPETokenizer, Llama, LlamaConfig, export_gguf, export_hf, load
 from llmforge.cli import compare as compare_command
+from llmforge.cli import deploy as deploy_command
 from llmforge.deploy import compare as compare_module
 from llmforge.deploy.compare import AnswerLoss, ComparedPrompt, Comparison, compare_models
 from llmforge.deploy.pages import MIN_COLUMNS
 from llmforge.deploy.prompts import Prompt, read_prompts
 from llmforge.errors import ConfigError, ConvertError, DataError
+from llmforge.formats.gguf import write_gguf
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
@@ -425,10 +429,11 @@ def test_settings_that_cannot_work_are_refused(folders, prompts, tmp_path):
 # The command
 
 
-def run(*arguments):
+def run(*arguments, command=compare_command):
     parser = argparse.ArgumentParser()
-    compare_command.add_arguments(parser)
-    return compare_command.run(parser.parse_args([*map(str, arguments), "--device", "cpu"]))
+    command.add_arguments(parser)
+    device = ["--device", "cpu"] if command is compare_command else []
+    return command.run(parser.parse_args([*map(str, arguments), *device]))
 
 
 @pytest.mark.parametrize("name", ["page.md", "page.html"])
@@ -464,3 +469,32 @@ def test_the_command_checks_its_arguments_before_it_works(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             run(tmp_path / "a", tmp_path / "b", "--prompts", Path("p.txt"), *arguments)
+
+
+def test_the_documentation_runs_as_it_stands(folders, ggufs, prompts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "home"
+    (home / ".lmstudio").mkdir(parents=True)
+    monkeypatch.setattr(Path, "home", lambda: home)
+    monkeypatch.setenv("PATH", "")
+    shutil.copytree(folders["base"], "base")
+    shutil.copy(ggufs["base"], "base.gguf")
+    shutil.copy(ggufs["tuned"], "tutor.gguf")
+    shutil.copy(prompts, "held_out.jsonl")
+    Path("prompts.txt").write_text("En un lugar\nde la Mancha\n", encoding="utf-8")
+    write_gguf("adapter.gguf", "llama", {"general.type": "adapter"}, [])
+    page = (Path(__file__).parent.parent / "docs" / "deploy.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.S) for line in block.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("llmforge ")]
+    assert len(commands) == 8
+    for _, command, *arguments in commands:
+        short = ["--max-new-tokens", "4"] if command == "compare" else []
+        modules = {"compare": compare_command, "deploy": deploy_command}
+        assert run(*arguments, *short, command=modules[command]) == 0
+    capsys.readouterr()
+    assert (home / ".lmstudio" / "models" / "ana" / "tutor" / "tutor.gguf").is_file()
+    for name in ("compare.html", "Modelfile", "out/adapter/Modelfile", "out/tutor/README.md"):
+        assert Path(name).is_file(), name
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(code, "docs/deploy.md", "exec"), {})
+    assert Path("compare.md").read_text(encoding="utf-8").startswith("# base and tutor.gguf")

@@ -243,6 +243,9 @@ def compare_models(
             if progress is not None:
                 progress(done + len(found), 2 * len(asked))
         results.append(found)
+        gc.collect()  # before the other model is read
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     for side, found in zip(sides, results, strict=True):
         if cut := sum(answer.cut for answer in found):
             notes.append(f"{side.name}: {cut} prompts with their answers are longer than its context and were cut")
@@ -398,7 +401,7 @@ def _torch_answers(
 
 @contextmanager
 def _in_memory(model: Model, device: str | torch.device, dtype: torch.dtype | None) -> Iterator[nn.Module]:
-    """The model, ready to compute; one that was on the disk is gone from memory afterwards."""
+    """The model, ready to compute; one that is read from the disk lives as long as its user holds it."""
     if isinstance(model, tuple):
         was_training = model[0].training
         model[0].eval()
@@ -407,14 +410,7 @@ def _in_memory(model: Model, device: str | torch.device, dtype: torch.dtype | No
         finally:
             model[0].train(was_training)
         return
-    loaded: nn.Module | None = load(model, device=device, dtype=dtype)[0]
-    try:
-        yield cast(nn.Module, loaded)
-    finally:
-        loaded = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    yield load(model, device=device, dtype=dtype)[0]
 
 
 def _continuation(tokenizer: Tokenizer, before: str, after: str, ids: list[int]) -> list[int]:

@@ -56,10 +56,11 @@ def windows_path(path: Path) -> str:
     Raises:
         ConfigError: wslpath does not answer.
     """
-    told = _ask(["wslpath", "-w", str(path)])
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())  # wslpath knows what exists
+    told = _ask(["wslpath", "-w", str(there)])
     if told is None:
         raise ConfigError(f"wslpath does not say how Windows calls {path}; copy the file below /mnt/c")
-    return told
+    return "\\".join([told.rstrip("\\"), *path.absolute().parts[len(there.absolute().parts) :]])
 
 
 def _windows_homes() -> list[Path]:
