@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ from llmforge.convert.from_hf import read_hf
 from llmforge.convert.from_llama2c import read_llama2c_bin
 from llmforge.convert.from_torch import read_torch
 from llmforge.convert.hub import download
+from llmforge.convert.merge import MergeBase, merge
 from llmforge.convert.published import FAMILIES, Published, account, assemble, family_of, publish, read_config
 from llmforge.errors import CheckpointError, ConfigError, shown
+from llmforge.finetune.adapter_files import is_adapter_folder, read_adapter
 from llmforge.finetune.quantize import NF4Config
-from llmforge.formats.safetensors import read_safetensors
+from llmforge.formats.safetensors import INDEX_FILE, SINGLE_FILE, read_safetensors
 from llmforge.models import LanguageModel
 from llmforge.tokenizers import Tokenizer, load_tokenizer
 from llmforge.training import find_checkpoint, list_checkpoints, verify_manifest
 from llmforge.training.checkpoint import FAMILY_KEY
 
 _ACCEPTED = (
-    "a run folder, one of its step-... folders, a Hugging Face folder or 'owner/name', a .gguf file, nanoGPT's or llama2.c's ckpt.pt, "
-    "or llama2.c's model.bin"
+    "a run folder, one of its step-... folders, a Hugging Face folder or 'owner/name', an adapter folder, a .gguf file, nanoGPT's or "
+    "llama2.c's ckpt.pt, or llama2.c's model.bin"
 )
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -36,34 +39,101 @@ def load(
     revision: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    merge_base: MergeBase | None = None,
     quantize: NF4Config | None = None,
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """Read a model and its tokenizer, one tensor at a time through memory mapping.
 
     Args:
         path: a run folder, a checkpoint, a Hugging Face folder, "owner/name" of a model on huggingface.co, a .gguf file, nanoGPT's or
-            llama2.c's ckpt.pt, or llama2.c's model.bin.
+            llama2.c's ckpt.pt, or llama2.c's model.bin; or a folder with an adapter (PEFT's, or that of a tuning run), which is
+            the model that it makes of its base: that is looked for where the adapter names it.
         checkpoint: of a run: "latest" (None means that), "best", or a name like "step-000500".
         revision: of "owner/name": a branch, tag or commit; None = main.
         dtype: of the weights; None = float32, whatever the files hold.
+        adapter: a folder whose adapter is merged into the weights of `path`, wherever its own base was.
+        merge_base: "original" or "nf4": the weights that an adapter is merged onto; None = as it was trained, see `merge`.
         quantize: round the linear layers to NF4 as they are read (`quantize_`), so that no more than some rows of them are floats at
             a time. The values in the file are rounded, whatever `dtype` says; codes that are NF4 already, of the same settings, are
             taken as they are.
     Returns:
         the model in evaluation mode, and the tokenizer, None where there are no tokenizer files beside the model.
     Raises:
-        CheckpointError: nothing that can be read, or it is damaged.
+        CheckpointError: nothing that can be read, or it is damaged; an adapter without its base, or of another model.
         ConvertError: a model that no family here can express.
     """
-    published, tokenizer = open_model(path, checkpoint=checkpoint, revision=revision)
+    published, tokenizer = open_model(
+        path, checkpoint=checkpoint, revision=revision, adapter=adapter, merge_base=merge_base
+    )
     return assemble(published, dtype=dtype or torch.float32, device=device, quantize=quantize), tokenizer
 
 
 def open_model(
-    path: str | os.PathLike[str], *, checkpoint: str | None = None, revision: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    checkpoint: str | None = None,
+    revision: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    merge_base: MergeBase | None = None,
 ) -> tuple[Published, Tokenizer | None]:
     """What `load` loads, before any weight is read: the config, and each tensor where it is stored."""
-    path = find_model(path, checkpoint=checkpoint, revision=revision)
+    found = find_model(path, checkpoint=checkpoint, revision=revision)
+    if adapter is None and merge_base is not None and not _is_adapter(found):
+        raise ConfigError(f"merge_base ({merge_base!r}) is of an adapter, and {path} is none; give one as adapter")
+    published, tokenizer = _open(found, merge_base, ())
+    if adapter is None:
+        return published, tokenizer
+    folder = find_model(adapter)
+    if not _is_adapter(folder):
+        raise CheckpointError(f"{folder} holds no adapter: it has no adapter_config.json, or weights of its own")
+    return _with_adapter(published, tokenizer, folder, merge_base)
+
+
+def _open(path: Path, merge_base: MergeBase | None, above: tuple[Path, ...]) -> tuple[Published, Tokenizer | None]:
+    """What a folder or file holds; `above` are the adapters whose base it is."""
+    if _is_adapter(path):
+        if path.resolve() in above:
+            raise CheckpointError(f"{path} is an adapter whose base is, by way of others, itself")
+        published, tokenizer = _open(_base_of(path), None, (*above, path.resolve()))
+        return _with_adapter(published, tokenizer, path, merge_base)
+    published, tokenizer = _open_weights(path)
+    files = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_file())
+    return replace(published, files=tuple(files)), tokenizer
+
+
+def _with_adapter(
+    published: Published, tokenizer: Tokenizer | None, folder: Path, merge_base: MergeBase | None
+) -> tuple[Published, Tokenizer | None]:
+    published = merge(published, read_adapter(folder), base=merge_base)
+    files = sorted(entry for entry in folder.iterdir() if entry.is_file())
+    return replace(published, files=(*published.files, *files)), load_tokenizer(folder) or tokenizer
+
+
+def _is_adapter(path: Path) -> bool:
+    return is_adapter_folder(path) and not any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+
+
+def _base_of(folder: Path) -> Path:
+    """The model that an adapter was trained on, where the adapter says that it is: seen from its folder, from here, on the hub.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    name = read_adapter(folder).base_model
+    way_out = f"give it: load(BASE, adapter={str(folder)!r}), or on the command line BASE --adapter {folder}"
+    if not name:
+        raise CheckpointError(f"the adapter {folder} does not say which model it was trained on; {way_out}")
+    try:
+        near = folder / name
+        return find_model(near if near.exists() else name)
+    except (CheckpointError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the base of the adapter {folder} is {shown(name)}, which cannot be read ({error}); {way_out}"
+        ) from error
+
+
+def _open_weights(path: Path) -> tuple[Published, Tokenizer | None]:
     if path.is_file():
         if path.suffix == ".gguf":
             return read_gguf(path)
@@ -104,7 +174,7 @@ def find_model(path: str | os.PathLike[str], *, checkpoint: str | None = None, r
         return download(name, revision=revision)
     if path.is_file() and path.suffix in (".pt", ".pth", ".gguf", ".bin"):
         return path
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or is_adapter_folder(path):
         return path
     raise CheckpointError(f"{_found(path)}; load takes {_ACCEPTED}")
 

@@ -20,7 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWrit
 from torch import Tensor
 
 from llmforge.errors import CheckpointError, ConvertError
-from llmforge.formats.atomic import atomic_file
+from llmforge.formats.atomic import AppendedFile, resumable_file
 from llmforge.formats.lazy import LazyTensor
 from llmforge.quant.ggml import FLOATS, block_shape, can_decode, decode, encode
 
@@ -79,6 +79,7 @@ def write_gguf(
     *,
     types: Mapping[str, ValueType] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a GGUF file; it appears under its name when it is complete.
 
@@ -88,14 +89,18 @@ def write_gguf(
         tensors: names are unique and have at most 63 bytes; rows are multiples of their type's block.
         types: of metadata that is written as another type.
         progress: called with the number of weights that are written, and of all.
+        inputs: what the tensors are made from, see `resumable_file`: then those that a killed process has written are not made
+            again.
     Raises:
         ConvertError: a value that a tensor's type cannot hold, with the tensor's name.
         WriteError: the file cannot be written.
     Memory: some megabytes of a tensor; the largest one that has no `read_rows`.
     """
     tensors, types = list(tensors), types or {}
-    with atomic_file(path) as tmp:
-        writer = GGUFWriter(tmp, arch)
+    with resumable_file(path, inputs) as unfinished:
+        file, marks = unfinished.path, unfinished.marks
+        header = file if marks is None else marks / "header"
+        writer = GGUFWriter(header, arch)
         for key, value in metadata.items():
             value_type, item_type = types[key] if key in types else (_value_type(value), None)
             writer.add_key_value(key, _encoded(value), value_type, item_type)
@@ -108,16 +113,22 @@ def write_gguf(
         writer.close()
         done, total = 0, sum(math.prod(tensor.shape) for tensor in tensors)
         # Not writer.write_tensor_data: numpy's tofile does not say why it fails (full disk, size limit).
-        with tmp.open("ab") as out:
+        with AppendedFile(file, marks, header.read_bytes()) as out:
             for tensor in tensors:
-                out.write(b"\0" * (-out.tell() % ALIGNMENT))
                 block, block_bytes = block_shape(tensor.type_name)
+                size = math.prod(tensor.shape) // block * block_bytes
+                padding = -out.position % ALIGNMENT
+                if out.skip(padding + size):
+                    done += math.prod(tensor.shape)
+                    continue
+                out.write(b"\0" * padding)
                 for piece in _pieces(tensor):
                     out.write(piece.cpu().numpy().data)
                     done += piece.numel() // block_bytes * block
                     if progress is not None:
                         progress(done, total)
-            out.write(b"\0" * (-out.tell() % ALIGNMENT))
+                out.mark()
+            out.write(b"\0" * (-out.position % ALIGNMENT))
 
 
 def _pieces(tensor: GGUFTensor) -> Iterable[Tensor]:

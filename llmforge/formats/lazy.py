@@ -115,7 +115,7 @@ def read_bytes(file: Path, offset: int, count: int) -> Tensor:
         CheckpointError: the file is gone, or too short.
     """
     data = torch.empty(count, dtype=torch.uint8)
-    target, done = memoryview(data.numpy()), 0
+    target, done = data.numpy().data, 0
     try:
         with file.open("rb", buffering=0) as stream:
             stream.seek(offset)

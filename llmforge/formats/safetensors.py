@@ -19,6 +19,7 @@ import torch
 
 from llmforge.config import read_json_object
 from llmforge.errors import CheckpointError, ConfigError
+from llmforge.formats.atomic import AppendedFile
 from llmforge.formats.lazy import LazyTensor
 
 SINGLE_FILE = "model.safetensors"
@@ -70,23 +71,25 @@ def write_safetensors(
     tensors: Mapping[str, LazyTensor],
     *,
     max_shard_bytes: int | None = 5_000_000_000,
+    marks: Path | None = None,
 ) -> None:
     """Write model.safetensors into an existing folder, or shards and their index where one file would be too large.
 
     Args:
-        folder: not made atomic here; write into the folder that `atomic_folder` yields.
+        folder: not made atomic here; write into the folder that `atomic_folder` or `resumable_folder` yields.
         tensors: read one by one, and some rows at a time: memory for a single tensor is needed where it has no `read_rows`.
         max_shard_bytes: most bytes of tensors in a file (a single larger tensor has a file of its own); None = always one file.
+        marks: of `resumable_folder`: tensors that a killed process has written are not read again.
     """
     folder = Path(folder)
     shards = _shards(tensors, max_shard_bytes)
     if len(shards) == 1:
-        _write_file(folder / SINGLE_FILE, shards[0])
+        _write_file(folder / SINGLE_FILE, shards[0], marks)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard)
+        _write_file(folder / file, shard, marks)
         weight_map.update(dict.fromkeys(shard, file))
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -104,7 +107,7 @@ def _shards(tensors: Mapping[str, LazyTensor], max_bytes: int | None) -> list[di
     return shards
 
 
-def _write_file(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+def _write_file(path: Path, tensors: Mapping[str, LazyTensor], marks: Path | None) -> None:
     # Wide types first, as the safetensors package does it: so each tensor is aligned to its own type.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on "format"
@@ -120,15 +123,17 @@ def _write_file(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
         offset = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little"))
-        out.write(text)
+    with AppendedFile(path, marks, len(text).to_bytes(8, "little") + text) as out:
         for name in names:
-            written = 0
-            for block in tensors[name].blocks():
-                assert block.dtype == tensors[name].dtype, name
-                written += out.write(block.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-            assert written == tensors[name].nbytes, name
+            tensor = tensors[name]
+            if out.skip(tensor.nbytes):
+                continue
+            end = out.position + tensor.nbytes
+            for block in tensor.blocks():
+                assert block.dtype == tensor.dtype, name
+                out.write(block.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            assert out.position == end, name
+            out.mark()
 
 
 def _read_index(index: Path) -> dict[str, LazyTensor]:
