@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from llmforge.config import Config
 from llmforge.errors import ConfigError, DataError
-from llmforge.nn import Documents, KVCache, Linear4bit, PackedBitLinear
+from llmforge.nn import Checkpointing, Documents, HostEmbedding, KVCache, Linear4bit, PackedBitLinear
 
 
 class ModelConfig(Config):
@@ -19,12 +19,14 @@ class ModelConfig(Config):
 class LanguageModel(nn.Module, ABC):
     """A decoder: token ids in, logits out, always (B, T) -> (B, T, V).
 
-    A family sets `config`, `context_length` and `lm_head` (the output projection), and implements `features`.
+    A family sets `config`, `context_length`, `lm_head` (the output projection) and `embedding_name`, and implements `features`.
+    Its blocks have `mlp_tiles`, and what runs them has `checkpointing`.
     """
 
     config: ModelConfig
     context_length: int  # most tokens that one forward pass can hold
     lm_head: nn.Linear
+    embedding_name: ClassVar[str]  # path of the token embedding
 
     @abstractmethod
     def features(self, idx: Tensor, kv_cache: KVCache | None = None, *, positions: Tensor | None = None) -> Tensor:
@@ -63,10 +65,41 @@ class LanguageModel(nn.Module, ABC):
         logits: Tensor = self.lm_head(self.features(idx))
         return logits
 
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """How much of a forward pass in training waits for the backward pass.
+
+        Args:
+            mode: "none": all activations. "blocks": the input of each block, B*T*C values; the rest is computed again, which makes a
+                step a third longer. "offload": these too wait in host memory, and the device holds one block's activations.
+                Gradients are the same to the bit, where the device computes the same twice.
+        Raises:
+            ConfigError: another mode.
+        """
+        if mode not in ("none", "blocks", "offload"):
+            raise ConfigError(f"activation checkpointing {mode!r} must be 'none', 'blocks' or 'offload'")
+        self._set("checkpointing", mode)
+
+    def set_mlp_tiles(self, tiles: int) -> None:
+        """Compute feed-forward layers in so many slices of the tokens, so that the wide activations of a long sequence never exist at
+        once; 1 = all tokens together. Backward passes compute each slice again.
+
+        Raises:
+            ConfigError: tiles below 1.
+        """
+        if tiles < 1:
+            raise ConfigError(f"mlp_tiles ({tiles}) must be at least 1, which is all tokens together")
+        self._set("mlp_tiles", tiles)
+
+    def _set(self, name: str, value: object) -> None:
+        for module in self.modules():
+            if name in vars(module):
+                setattr(module, name, value)
+
     def num_params(self) -> int:
-        """Number of trainable, frozen and packed weights, shared ones counted once."""
-        packed = sum(m.num_weights for m in self.modules() if isinstance(m, (Linear4bit, PackedBitLinear)))
-        return packed + sum(p.numel() for p in self.parameters())
+        """Number of trainable, frozen, packed and offloaded weights, shared ones counted once."""
+        no_parameters = (HostEmbedding, Linear4bit, PackedBitLinear)
+        others = sum(m.num_weights for m in self.modules() if isinstance(m, no_parameters))
+        return others + sum(p.numel() for p in self.parameters())
 
     @abstractmethod
     def flops_per_token(self, seq_len: int | None = None) -> int:

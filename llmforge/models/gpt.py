@@ -24,7 +24,18 @@ from torch import Tensor, nn
 
 from llmforge.errors import ConfigError
 from llmforge.models.base import LanguageModel, ModelConfig
-from llmforge.nn import BitLinear, Documents, KVCache, LayerNorm, causal_attention, check_ternary_width, replace_linear_
+from llmforge.nn import (
+    BitLinear,
+    Checkpointing,
+    Documents,
+    KVCache,
+    LayerNorm,
+    causal_attention,
+    check_ternary_width,
+    checkpointed,
+    in_tiles,
+    replace_linear_,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +149,11 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.mlp_tiles = 1  # see LanguageModel.set_mlp_tiles
 
     def forward(self, x: Tensor, mask: Tensor | Documents | None, kv_cache: KVCache | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, kv_cache)
-        x = x + self.mlp(self.ln_2(x))
+        x = x + in_tiles(self.mlp, self.ln_2(x), self.mlp_tiles)
         return x  # (B, T, C)
 
 
@@ -155,6 +167,7 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
+        self.checkpointing: Checkpointing = "none"  # see LanguageModel.set_activation_checkpointing
 
     def forward(self, idx: Tensor, kv_cache: KVCache | None, documents: Documents | None) -> Tensor:
         T, device = idx.shape[1], idx.device
@@ -165,9 +178,10 @@ class Transformer(nn.Module):
             pos, mask = kv_cache.positions(T, device), kv_cache.mask(T, device)
         else:
             pos = torch.arange(T, device=device)
+        mode: Checkpointing = self.checkpointing if kv_cache is None else "none"  # a cache is written once
         x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
         for block in self.h:
-            x = block(x, mask, kv_cache)
+            x = checkpointed(block, x, mask, kv_cache, mode=mode)
         if kv_cache is not None:
             kv_cache.advance(T)
         hidden: Tensor = self.ln_f(x)
@@ -185,6 +199,7 @@ class GPT(LanguageModel):
     """
 
     config: GPTConfig
+    embedding_name = "transformer.wte"
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

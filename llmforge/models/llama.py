@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from llmforge.errors import ConfigError
 from llmforge.models.base import LanguageModel, ModelConfig
 from llmforge.nn import (
+    Checkpointing,
     Documents,
     KVCache,
     RMSNorm,
@@ -36,6 +37,8 @@ from llmforge.nn import (
     apply_rope,
     attention_mask,
     causal_attention,
+    checkpointed,
+    in_tiles,
     rope_angles,
     rope_frequencies,
 )
@@ -192,12 +195,13 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_tiles = 1  # see LanguageModel.set_mlp_tiles
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | Documents | None, kv_cache: KVCache | None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, kv_cache)
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + in_tiles(self.mlp, self.post_attention_layernorm(x), self.mlp_tiles)
         return x  # (B, T, C)
 
 
@@ -209,6 +213,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(block_class(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.checkpointing: Checkpointing = "none"  # see LanguageModel.set_activation_checkpointing
         self._windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
         # No buffer: `model.bfloat16()` would round it, and then far positions turn by wrong angles.
         self._frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)  # (D/2,)
@@ -224,11 +229,12 @@ class Transformer(nn.Module):
             positions = torch.arange(T, device=device) if kv_cache is None else kv_cache.positions(T, device)
         rotation = rope_angles(positions, self._frequencies, self._rotation_scale)
         masks: dict[int | None, Tensor | Documents | None] = {}  # one for all layers with the same window
+        mode: Checkpointing = self.checkpointing if kv_cache is None else "none"  # a cache is written once
         x = self.embed_tokens(idx)  # (B, T, C)
         for block, window in zip(self.layers, self._windows, strict=True):
             if window not in masks:
                 masks[window] = _mask(T, device, window, kv_cache, documents)
-            x = block(x, rotation, masks[window], kv_cache)
+            x = checkpointed(block, x, rotation, masks[window], kv_cache, mode=mode)
         if kv_cache is not None:
             kv_cache.advance(T)
         hidden: Tensor = self.norm(x)
@@ -258,6 +264,7 @@ class Llama(LanguageModel):
     """
 
     config: LlamaConfig
+    embedding_name = "model.embed_tokens"
     block_class: ClassVar[type[Block]] = Block  # a relative with other blocks has its own
 
     def __init__(self, config: LlamaConfig) -> None:

@@ -7,17 +7,21 @@ values, D head width, F feed-forward width, V vocabulary.
 from llmforge.nn.attention import attention_mask, causal_attention
 from llmforge.nn.bitlinear import BitLinear, bit_linears, check_ternary_width, constant_weights, set_quantization_
 from llmforge.nn.documents import Documents, document_backend
+from llmforge.nn.host import HostEmbedding, allocates_on_host, offload_embedding_
 from llmforge.nn.kv_cache import KVCache, StaticKVCache
 from llmforge.nn.linear4bit import Linear4bit
 from llmforge.nn.mlp import SwiGLU
 from llmforge.nn.norm import LayerNorm, RMSNorm
 from llmforge.nn.packed import PackedBitLinear, pack_
+from llmforge.nn.recompute import Checkpointing, checkpointed, in_tiles
 from llmforge.nn.replace import replace_linear_
 from llmforge.nn.rope import RopeScaling, apply_rope, rope_angles, rope_frequencies
 
 __all__ = [
     "BitLinear",
+    "Checkpointing",
     "Documents",
+    "HostEmbedding",
     "KVCache",
     "LayerNorm",
     "Linear4bit",
@@ -26,13 +30,17 @@ __all__ = [
     "RopeScaling",
     "StaticKVCache",
     "SwiGLU",
+    "allocates_on_host",
     "apply_rope",
     "attention_mask",
     "bit_linears",
     "causal_attention",
     "check_ternary_width",
+    "checkpointed",
     "constant_weights",
     "document_backend",
+    "in_tiles",
+    "offload_embedding_",
     "pack_",
     "replace_linear_",
     "rope_angles",
