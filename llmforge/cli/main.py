@@ -6,7 +6,20 @@ import warnings
 from collections.abc import Sequence
 
 import llmforge
-from llmforge.cli import chat, demo, export, generate, imatrix, info, quantize, train, verify
+from llmforge.cli import (
+    chat,
+    compare,
+    demo,
+    deploy,
+    export,
+    finetune,
+    generate,
+    imatrix,
+    info,
+    quantize,
+    train,
+    verify,
+)
 from llmforge.errors import LLMForgeError
 
 # None of these modules imports torch before its `run` is called: `llmforge --help` answers at once.
@@ -15,10 +28,13 @@ _COMMANDS = {
     "train": train,
     "generate": generate,
     "chat": chat,
+    "finetune": finetune,
     "export": export,
     "quantize": quantize,
     "imatrix": imatrix,
     "verify": verify,
+    "compare": compare,
+    "deploy": deploy,
     "info": info,
 }
 

@@ -19,7 +19,7 @@ from llmforge.training.loss import (
 from llmforge.training.metrics import EvalMetrics, StepMetrics, TrainResult, read_log
 from llmforge.training.optim import build_optimizer
 from llmforge.training.schedule import learning_rate
-from llmforge.training.trainer import Dataset, Trainer, pick_device
+from llmforge.training.trainer import Dataset, Trainer, arithmetic_dtype, pick_device
 
 __all__ = [
     "IGNORED",
@@ -32,6 +32,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "WholeModel",
+    "arithmetic_dtype",
     "build_optimizer",
     "chunked_cross_entropy",
     "chunked_next_token_loss",

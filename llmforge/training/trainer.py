@@ -83,7 +83,7 @@ class Trainer:
         self.config = config
         self.model_files = model_files
         self.device = pick_device(config.device)
-        self.dtype = _dtype(config.dtype, self.device)
+        self.dtype = arithmetic_dtype(config.dtype, self.device)
         self.model = model.to(self.device)
         if config.activation_checkpointing != "none":
             set_checkpointing = getattr(model, "set_activation_checkpointing", None)
@@ -538,7 +538,8 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+def arithmetic_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The type of `TrainConfig.dtype`; None = bfloat16 or else float16 on CUDA, float32 elsewhere."""
     if name is not None:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
