@@ -6,6 +6,7 @@ as in any folder. Source: bitsandbytes/functional.py, QuantState.as_dict (0.50).
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -104,9 +105,7 @@ def read_bitsandbytes(folder: Path, tensors: Tensors) -> Tensors:
 def _grouped(name: str, state: LazyTensor, tensors: Tensors) -> NF4LazyTensor:
     values = _state(state)
     shape, block_size, nested = tuple(values["shape"]), values["blocksize"], "nested_blocksize" in values
-    n = 1
-    for size in shape:
-        n *= size
+    n = math.prod(shape)
     blocks = -(-n // block_size)
     codes = _part(tensors, name, torch.uint8, -(-n // 2))
     absmax = _part(tensors, f"{name}.absmax", torch.uint8 if nested else torch.float32, blocks)
@@ -153,11 +152,12 @@ def _state(tensor: LazyTensor) -> dict[str, Any]:
     checks = {
         "shape": isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 <= n < 2**40 for n in shape),
         "blocksize": isinstance(values, dict) and values.get("blocksize") in BLOCK_SIZES,
-        "dtype": isinstance(values, dict) and values.get("dtype") in _DTYPES,
+        "dtype": isinstance(values, dict) and values.get("dtype") in list(_DTYPES),
     }
     if isinstance(values, dict) and "nested_blocksize" in values:
         checks["nested_blocksize"] = values["nested_blocksize"] == BLOCK_SIZE
-        checks["nested_offset"] = isinstance(values.get("nested_offset"), (int, float))
+        offset = values.get("nested_offset")
+        checks["nested_offset"] = isinstance(offset, float) and math.isfinite(offset)
     bad = [key for key, good in checks.items() if not good]
     if bad:
         raise CheckpointError(f"its quant_state says nothing that is known here of {', '.join(bad)}: {shown(values)}")

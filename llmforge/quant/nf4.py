@@ -218,6 +218,8 @@ def check_block_size(block_size: int) -> None:
 def _decode(codes: Tensor, scales: Tensor, out: Tensor, block_size: int) -> None:
     """The first values of codes into `out`, flat; begins with a block."""
     n = out.numel()
+    if not n:
+        return
     if torch.compiler.is_compiling():  # one kernel of the compiler's; what follows is for those without
         values = _pairs_table(codes)[codes[: (n + 1) // 2].int()].view(torch.float32)[:n]
         out.copy_(values * scales.repeat_interleave(block_size)[:n])
