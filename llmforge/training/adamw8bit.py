@@ -92,13 +92,13 @@ class AdamW8bit(torch.optim.Optimizer):
                 exp_avg_sq = dequantize_dynamic(second[part], state["absmax2"][blocks], signed=False)
             updated = values[part].float()  # the parameter itself, where it is float32
             _adamw(updated, gradients[part].float(), exp_avg, exp_avg_sq, state["step"], group)
-            if updated.data_ptr() != values[part].data_ptr():
+            if p.dtype != torch.float32:
                 values[part] = updated
             if "absmax1" in state:
                 first[part], state["absmax1"][blocks] = quantize_dynamic(exp_avg, signed=True)
                 codes, state["absmax2"][blocks] = quantize_dynamic(exp_avg_sq, signed=False)
-                second[part] = torch.where((codes == 0) & (exp_avg_sq > 0), 1, codes)
-        if values.data_ptr() != p.data_ptr():
+                second[part] = _never_zero(codes, exp_avg_sq)
+        if not p.is_contiguous():
             p.copy_(values.view_as(p))
 
     @staticmethod
@@ -158,6 +158,11 @@ def _adamw(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: i
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
     p.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+
+
+def _never_zero(codes: Tensor, values: Tensor) -> Tensor:
+    """Unsigned codes, of values above 0 at least the first above 0."""
+    return torch.where((codes == 0) & (values > 0), 1, codes)
 
 
 def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
