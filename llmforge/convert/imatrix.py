@@ -6,6 +6,7 @@ weight of a column's rounding errors: an error e in column j changes the output 
 Source: tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp of llama.cpp.
 """
 
+import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -81,6 +82,14 @@ class Importance:
                 "it was collected from another model"
             )
         return means
+
+    def digest(self) -> str:
+        """A fingerprint of what it says of each matrix."""
+        digest = hashlib.sha256()
+        for name, sums in sorted(self.sums.items()):
+            digest.update(f"{name} {self.counts[name]} {sums.dtype} {tuple(sums.shape)}\n".encode())
+            digest.update(sums.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def __add__(self, other: "Importance") -> "Importance":
         """The importance of both texts together; chunk_tokens are those of the first.

@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,22 @@ class Published:
         """Most tokens that one forward pass of the model can hold."""
         length: int = getattr(self.config, self.family.gguf_fields["context_length"][0])
         return length
+
+
+def inputs_of(published: Published, **options: object) -> dict[str, Any] | None:
+    """What a file made of this model depends on, so that an export that was killed can go on; None for a model in memory.
+
+    Args:
+        options: of the export, as JSON can say them.
+    """
+    return inputs_of_files(published.files, notes=published.notes, **options) if published.files else None
+
+
+def inputs_of_files(files: Sequence[Path], **options: object) -> dict[str, Any]:
+    """The same of files: a file is known by its place, size and time of change; and the version of this package counts."""
+    stats = [(str(file.absolute()), file.stat()) for file in files]
+    known = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return {"version": version("llmforge"), "files": known, "options": options}
 
 
 def family_of(config: Any) -> Family:

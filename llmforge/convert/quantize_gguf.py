@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmforge.convert.imatrix import Importance
 from llmforge.convert.mixture import FILE_TYPES, choose_types
-from llmforge.convert.published import ExportReport
+from llmforge.convert.published import ExportReport, inputs_of_files
 from llmforge.errors import CheckpointError, ConvertError, shown
 from llmforge.formats.gguf import GGUFTensor, read_gguf_bytes, read_gguf_header, read_gguf_tensors, write_gguf
 from llmforge.quant.ggml import FLOATS
@@ -72,7 +72,9 @@ def quantize_gguf(
     empty = [key for key, value in header.metadata.items() if value == []]
     metadata |= {"general.file_type": FILE_TYPES[file_type][0], "general.quantization_version": 2}
     types = {key: kind for key, kind in header.types.items() if key not in _REPLACED}
-    write_gguf(path, arch, metadata, tensors, types=types, progress=progress)
+    digest = importance.digest() if importance is not None else None
+    inputs = inputs_of_files([source], file_type=file_type, importance=digest)
+    write_gguf(path, arch, metadata, tensors, types=types, progress=progress, inputs=inputs)
     notes += [f"empty metadata left out: {', '.join(empty)}"] if empty else []
     counted = Counter(tensor.type_name for tensor in tensors)
     n_params = sum(math.prod(shape) for shape in shapes.values())

@@ -15,7 +15,7 @@ from llmforge.convert.base import Family
 from llmforge.convert.imatrix import Importance
 from llmforge.convert.load import source
 from llmforge.convert.mixture import FILE_TYPES, Mixture, choose_types
-from llmforge.convert.published import ExportReport, Published, prepare, publish
+from llmforge.convert.published import ExportReport, Published, inputs_of, prepare, publish
 from llmforge.errors import ConvertError, some
 from llmforge.formats.gguf import GGUFTensor, write_gguf
 from llmforge.nn.rounded import rounded_weights
@@ -34,6 +34,9 @@ def export_gguf(
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Write a GGUF file.
+
+    It appears when it is complete. Where the process is killed, the next one with the same model from disk, options and file goes on
+    with the tensors that are written, which are in `.part-<file>` beside it until then.
 
     Args:
         model_or_folder: a model of a known family, which is not changed; or what `load` accepts, or `open_model` gives: that is not
@@ -93,7 +96,10 @@ def export_gguf(
     described = [
         GGUFTensor(name, mixture.types.get(name, "F32"), tensor, weights.get(name)) for name, tensor in tensors.items()
     ]
-    write_gguf(path, arch, metadata, described, progress=progress)
+    # What else the bytes depend on, the vocabulary and the types, is in the header.
+    digest = importance.digest() if importance is not None else None
+    inputs = inputs_of(published, file_type=file_type, importance=digest)
+    write_gguf(path, arch, metadata, described, progress=progress, inputs=inputs)
     types = Counter(tensor.type_name for tensor in described)
     return ExportReport(path, path.stat().st_size, file_type, types, published.notes + notes, n_params)
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from llmforge.convert.base import Tensors
 from llmforge.convert.load import source
-from llmforge.convert.published import ExportReport, Published, prepare, read_config
+from llmforge.convert.published import ExportReport, Published, inputs_of, prepare, read_config
 from llmforge.errors import ConvertError
-from llmforge.formats.atomic import atomic_folder
+from llmforge.formats.atomic import resumable_folder
 from llmforge.formats.safetensors import write_safetensors
 from llmforge.tokenizers import Tokenizer
 
@@ -34,6 +34,9 @@ def export_hf(
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load without remote code.
+
+    It appears when it is complete. Where the process is killed, the next one with the same model from disk, options and folder goes on
+    with the tensors that are written, which are in `.part-<folder>` beside it until then.
 
     Args:
         model_or_folder: a model of a known family, which is not changed; or what `load` accepts, or `open_model` gives: that is not
@@ -67,8 +70,10 @@ def export_hf(
     published = replace(published, config=family_config, tensors=tensors, notes=published.notes + notes)
     config = _hf_config(published, tokenizer, dtype) | more
     hf_tensors = _hf_tensors(published, dtype)
-    with atomic_folder(folder, overwrite=overwrite) as tmp:
-        write_safetensors(tmp, hf_tensors, max_shard_bytes=max_shard_bytes)
+    inputs = inputs_of(published, dtype=_DTYPES[dtype], ternary=ternary, max_shard_bytes=max_shard_bytes)
+    with resumable_folder(folder, inputs, overwrite=overwrite) as unfinished:
+        tmp = unfinished.path
+        write_safetensors(tmp, hf_tensors, max_shard_bytes=max_shard_bytes, marks=unfinished.marks)
         _write_json(tmp / "config.json", config)
         special: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(tmp / "generation_config.json", {**special, "do_sample": True, "temperature": 0.8, "top_k": 50})
