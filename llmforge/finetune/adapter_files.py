@@ -4,6 +4,7 @@
     base_model.model.<module>.lora_B.weight            (out, r)
     base_model.model.<module>.lora_magnitude_vector    (out), with DoRA
     base_model.model.<parameter>                       of modules_to_save, whole
+    base_model.model.<module>.base_layer.<parameter>   of an embedding or output projection that has an adapter: the base's own
 
 PEFT ignores keys that it does not expect and leaves out layers whose keys are missing. Here either is an error: an adapter is read
 in full, or not at all.
@@ -16,7 +17,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from llmforge.finetune.lora import (
     compiled,
     linear_layers,
     lora_config,
+    module_paths,
     targeted,
     targets,
 )
@@ -102,6 +104,9 @@ class Adapter:
     layers: dict[str, LoRATensors]  # by module path, "model.layers.0.self_attn.q_proj"
     saved: dict[str, LazyTensor]  # of modules_to_save, by parameter name, "lm_head.weight"
     rounding: Rounding | None  # None: the base had all its bits, or nobody wrote down that it had not
+    # Weights of the base that peft writes along where an adapter changes embedding or output projection: by parameter name. They say
+    # which base is meant, and are no part of the adapter.
+    base: dict[str, LazyTensor] = field(default_factory=dict)
 
 
 def is_adapter_folder(folder: str | os.PathLike[str]) -> bool:
@@ -121,7 +126,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     try:
         config = _config(values, folder / ADAPTER_CONFIG)
         tensors = _read_tensors(folder)
-        groups, saved = _sorted_keys(tensors, config, folder / ADAPTER_WEIGHTS)
+        groups, saved, base = _sorted_keys(tensors, config, folder / ADAPTER_WEIGHTS)
         ranks, alphas = _patterns(values, "rank_pattern"), _patterns(values, "alpha_pattern")
         layers = {
             name: _layer(
@@ -143,7 +148,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
             f"{folder / ADAPTER_CONFIG}: base_model_name_or_path must be text, got {shown(base_model)}"
         )
     its_base, rounding = read_base_file(folder)
-    return Adapter(config, base_model or its_base, layers, saved, rounding)
+    return Adapter(config, base_model or its_base, layers, saved, rounding, base)
 
 
 def read_base_file(folder: Path) -> tuple[str | None, Rounding | None]:
@@ -225,10 +230,11 @@ def _config(values: Mapping[str, Any], path: Path) -> LoRAConfig:
 
 def _sorted_keys(
     tensors: Mapping[str, LazyTensor], config: LoRAConfig, path: Path
-) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
-    """The tensors of each layer by A, B and magnitude, and those of modules_to_save."""
+) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor], dict[str, LazyTensor]]:
+    """The tensors of each layer by A, B and magnitude, those of modules_to_save, and those of the base."""
     layers: dict[str, dict[str, LazyTensor]] = {}
     saved: dict[str, LazyTensor] = {}
+    base: dict[str, LazyTensor] = {}
     strange = []
     for key, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
@@ -242,8 +248,10 @@ def _sorted_keys(
             if part in layers.setdefault(found[1], {}):
                 raise CheckpointError(f"{path} has two tensors for the {part} of {shown(found[1])}")
             layers[found[1]][part] = tensor
-        elif targets(name.rpartition(".")[0], config.modules_to_save):
+        elif name.rpartition(".")[0].endswith(config.modules_to_save):  # peft's rule, whole parts or not
             saved[name] = tensor
+        elif ".base_layer." in name and targets(name.rpartition(".base_layer.")[0], config.target_modules):
+            base[name.replace(".base_layer.", ".")] = tensor
         else:
             strange.append(key)
     if strange:
@@ -251,7 +259,7 @@ def _sorted_keys(
             f"{path} has keys that are no part of a LoRA adapter with these settings: {some(strange)}; keys are "
             f"{_PREFIX}<layer>.lora_A.weight and .lora_B.weight, and those of modules_to_save"
         )
-    return layers, saved
+    return layers, saved, base
 
 
 def _layer(
@@ -307,7 +315,7 @@ def _check_complete(
         if empty:
             raise CheckpointError(f"{path} has no tensors for {some(empty)}, which target_modules names")
     modules = {name.rpartition(".")[0] for name in saved}
-    absent = [module for module in config.modules_to_save if not any(targets(name, [module]) for name in modules)]
+    absent = [module for module in config.modules_to_save if not any(name.endswith(module) for name in modules)]
     if absent:
         raise CheckpointError(f"{path} has no tensors for {some(absent)}, which modules_to_save names")
 
@@ -531,8 +539,13 @@ def _check_fits(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     for key, tensor in adapter.saved.items():
         if parameters.get(key) != tensor.shape:
             raise misfit(f"{key} is {tensor.shape} there and {parameters.get(key, 'not')} in the model")
+    for key, tensor in adapter.base.items():
+        own_values = base_parameters(model).get(key)
+        if own_values is not None and not _same(own_values, tensor):
+            raise misfit(f"it holds {key} of its base, which differs from the model's")
     modules = {key.rpartition(".")[0] for key in adapter.saved}
-    if missing := [key for key in parameters if key.rpartition(".")[0] in modules and key not in adapter.saved]:
+    due = {path for path in module_paths(model) if path.endswith(adapter.config.modules_to_save)}
+    if missing := [key for key in parameters if key.rpartition(".")[0] in modules | due and key not in adapter.saved]:
         raise misfit(f"it has no {some(missing)}")
 
 
@@ -547,6 +560,14 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         elif key.startswith(f"{path}.base."):
             found[f"{path}.{key.removeprefix(f'{path}.base.')}"] = parameter
     return found
+
+
+def _same(own: torch.Tensor, stored: LazyTensor) -> bool:
+    """Equal, in the narrower of their types."""
+    if tuple(own.shape) != stored.shape:
+        return False
+    own, values = own.detach(), stored.read().to(own.device)
+    return torch.equal(own, values.to(own.dtype)) or torch.equal(own.to(values.dtype), values)
 
 
 def _close(left: float, right: float) -> bool:

@@ -269,6 +269,11 @@ def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
+def module_paths(model: nn.Module) -> list[str]:
+    """The names of a model's modules, without what is inside of those that adapters brought."""
+    return [path for path, _ in _outer_modules(model)]
+
+
 def _call(model: nn.Module, method: str) -> object:
     """What a method without arguments gives, where there is one (models of transformers say so which layer is their head)."""
     found = getattr(model, method, None)
@@ -424,7 +429,7 @@ def lora_config(model: nn.Module, *, name: str = "default") -> LoRAConfig:
     if not layers:
         raise ConfigError(f"the adapter {name!r} has no low-rank layers, only copies; save the model instead")
     first = next(iter(layers.values()))
-    paths = [path for path, _ in _outer_modules(model)]
+    paths = module_paths(model)
     return LoRAConfig(
         r=most_common(adapter.r for adapter in layers.values()),
         lora_alpha=most_common(adapter.lora_alpha for adapter in layers.values()),
@@ -432,7 +437,7 @@ def lora_config(model: nn.Module, *, name: str = "default") -> LoRAConfig:
         target_modules=_last_parts(list(layers), paths),
         use_rslora=first.use_rslora,
         use_dora=first.magnitude is not None,
-        modules_to_save=_last_parts(saved, paths),
+        modules_to_save=_last_parts(saved, paths, of_copies=True),
     )
 
 
@@ -444,11 +449,15 @@ def most_common(values: Iterator[_T]) -> _T:
     return Counter(values).most_common(1)[0][0]
 
 
-def _last_parts(chosen: Sequence[str], paths: Sequence[str]) -> tuple[str, ...]:
-    """The shortest names that mean these modules and no other."""
-    parts = {path.rpartition(".")[2] for path in chosen}
-    meant = {path for path in paths if targets(path, list(parts))}
-    return tuple(sorted(parts)) if meant == set(chosen) else tuple(chosen)
+def _last_parts(chosen: Sequence[str], paths: Sequence[str], *, of_copies: bool = False) -> tuple[str, ...]:
+    """The shortest names that mean these modules and no other.
+
+    Args:
+        of_copies: peft's modules_to_save, unlike its target_modules, mean every name that ends so: "norm" is "input_layernorm", too.
+    """
+    parts = sorted({path.rpartition(".")[2] for path in chosen})
+    meant = {path for path in paths if (path.endswith(tuple(parts)) if of_copies else targets(path, parts))}
+    return tuple(parts) if meant == set(chosen) else tuple(chosen)
 
 
 def _check_known(model: nn.Module, names: Sequence[str]) -> None:
