@@ -133,7 +133,7 @@ class Trainer:
                     f"vocab_size={needed}"
                 )
         for name, data in (("train_data", self.train_data), ("val_data", self.val_data)):
-            if isinstance(data, Sized) and len(data) <= self.seq_len:
+            if not hasattr(data, "num_sequences") and isinstance(data, Sized) and len(data) <= self.seq_len:
                 raise DataError(
                     f"{name} has {len(data)} tokens; one sequence needs {self.seq_len + 1}: use more text, a smaller "
                     f"seq_len (now {self.seq_len}), or another val_fraction"
