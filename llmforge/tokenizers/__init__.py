@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from llmforge.errors import DataError
+from llmforge.tokenizers.backend import read_config, template_of
 from llmforge.tokenizers.base import GGUFVocabulary, Tokenizer, read_tokenizer_file
 from llmforge.tokenizers.bpe import PRE_TOKENIZERS, BPETokenizer
 from llmforge.tokenizers.char import CharTokenizer
@@ -51,7 +52,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     if char_tokenizer is not None:
-        return char_tokenizer
+        return char_tokenizer.with_chat_template(template_of(read_config(folder) or {}))
     if is_wordpiece(content):
         return WordPieceTokenizer.from_file(path)
     kind = SentencePieceTokenizer if is_sentencepiece(content) else BPETokenizer

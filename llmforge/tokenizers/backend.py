@@ -1,5 +1,6 @@
 """What the tokenizers that run on the `tokenizers` library share: special tokens, and the settings of published files."""
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -124,11 +125,20 @@ class BackendTokenizer(Tokenizer):
 
     @property
     def chat_template(self) -> str | None:
-        template = self._config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
-        return template if isinstance(template, str) and not _has_surrogate(template) else None
+        return template_of(self._config)
+
+    def with_chat_template(self, template: str | None) -> Tokenizer:
+        other = copy.copy(self)
+        other._config = {key: value for key, value in self._config.items() if key != "chat_template"}
+        if template is not None:
+            other._config["chat_template"] = template
+        return other
+
+    def encode_batch(
+        self, texts: Sequence[str], *, special: bool = False, after: bool = False
+    ) -> list[npt.NDArray[np.uint32]]:
+        backend = self._special_backend if special else self._backend
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in self._encodings(backend, texts)]
 
     def encode_special(self, text: str) -> list[int]:
         return self._encode(self._special_backend, text)
@@ -149,14 +159,17 @@ class BackendTokenizer(Tokenizer):
         return ids
 
     def _encode_all(self, backend: tokenizers.Tokenizer, parts: Sequence[str]) -> npt.NDArray[np.uint32]:
+        encodings = self._encodings(backend, parts)
+        return np.fromiter((i for encoding in encodings for i in encoding.ids), dtype=np.uint32)
+
+    def _encodings(self, backend: tokenizers.Tokenizer, parts: Sequence[str]) -> list[tokenizers.Encoding]:
         try:
-            encodings = backend.encode_batch_fast(parts, add_special_tokens=False)
+            return backend.encode_batch_fast(parts, add_special_tokens=False)
         except TypeError as error:
             text = next((part for part in parts if _has_surrogate(part)), parts[0])
             raise DataError(
                 f"cannot encode {text[:40]!r}: it has half of a surrogate pair, which is no character"
             ) from error
-        return np.fromiter((i for encoding in encodings for i in encoding.ids), dtype=np.uint32)
 
     def _plain_added(self) -> list[AddedToken]:
         """Added tokens that are found in ordinary text."""
@@ -265,6 +278,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
             raise DataError(f"cannot read {path}: {error}") from error
         config = {**(config or {}), "chat_template": template}
     return config
+
+
+def template_of(config: Mapping[str, Any]) -> str | None:
+    """The chat template in a tokenizer_config.json; of several, which have names, the default one."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) and not _has_surrogate(template) else None
 
 
 def token_name(value: object) -> str:

@@ -1,5 +1,6 @@
 """What every tokenizer owes the rest of llmforge, and the pieces that all of them share."""
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -58,6 +59,20 @@ class Tokenizer(Protocol):
             DataError: an id outside the vocabulary.
         """
         ...
+
+    def encode_batch(
+        self, texts: Sequence[str], *, special: bool = False, after: bool = False
+    ) -> list[npt.NDArray[np.uint32]]:
+        """Ids of many texts, those that `encode` gives for each; on all cores where the tokenizer can.
+
+        Args:
+            special: names of special tokens are these tokens, as in `encode_special`.
+            after: each text goes on another one, as an answer goes on its prompt: no space is put before it, where `encode` puts one.
+        Raises:
+            DataError: as `encode`.
+        """
+        encode = self.encode_special if special else self.encode
+        return [np.array(encode(text), dtype=np.uint32) for text in texts]
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[npt.NDArray[np.uint32]]:
         """Ids of one long text that comes in pieces, part by part and in memory for some pieces at a time; all parts together are
@@ -124,7 +139,18 @@ class Tokenizer(Protocol):
     @property
     def chat_template(self) -> str | None:
         """Jinja template that makes one text of a conversation (see `render_chat`); None if the model has none."""
-        return None
+        return self._chat_template
+
+    _chat_template: str | None = None
+
+    def with_chat_template(self, template: str | None) -> "Tokenizer":
+        """The same tokenizer with another chat template, which goes where it goes: `save` and `gguf_vocabulary` write it.
+
+        `llmforge.tokenizers.templates.with_chat_template` knows templates by name, and checks them.
+        """
+        other = copy.copy(self)
+        other._chat_template = template
+        return other
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json, as `load_tokenizer` and transformers' AutoTokenizer read them."""

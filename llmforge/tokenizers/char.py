@@ -101,8 +101,9 @@ class CharTokenizer(Tokenizer):
         return len(text)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
         write_tokenizer_files(
-            folder, json.dumps(self._tokenizer_json(), indent=2, ensure_ascii=False), tokenizer_config()
+            folder, json.dumps(self._tokenizer_json(), indent=2, ensure_ascii=False), tokenizer_config() | template
         )
 
     def _tokenizer_json(self) -> dict[str, Any]:
@@ -154,4 +155,5 @@ class CharTokenizer(Tokenizer):
             merges=list(merges) or [NO_MERGE],
             pre="qwen2",
             eos_token_id=self.eos_token_id,
+            chat_template=self.chat_template,
         )

@@ -76,6 +76,14 @@ def chat_ids(
     )
 
 
+def check_template(template: str) -> None:
+    """Raises DataError: the template is not Jinja."""
+    try:
+        _compile(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"the chat template is faulty in line {error.lineno}: {error.message}; {_WAY_OUT}") from error
+
+
 _WAY_OUT = "take the template from the model's tokenizer_config.json, or correct it there"
 
 
@@ -126,6 +134,8 @@ def _strftime_now(layout: str) -> str:
 
 def _plain(value: Any) -> Any:
     """The value rebuilt of plain types, so that a template has no object with methods that do something."""
+    if type(value) is str:  # most are
+        return value
     if value is None or isinstance(value, bool | int | float | str):
         kinds = (bool, int, float, str)
         return next((kind(value) for kind in kinds if isinstance(value, kind)), None)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from llmforge.errors import ConvertError, DataError
 from llmforge.tokenizers.backend import END_TOKENS, backend_of, bos_processor
@@ -141,7 +141,7 @@ def _characters(vocabulary: GGUFVocabulary) -> CharTokenizer | None:
         vocabulary.merges,
         vocabulary.eos_token_id,
     )
-    return tokenizer if same else None
+    return cast(CharTokenizer, tokenizer.with_chat_template(vocabulary.chat_template)) if same else None
 
 
 def _byte_level(vocabulary: GGUFVocabulary) -> BPETokenizer:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -83,7 +84,8 @@ class SentencePieceTokenizer(BackendTokenizer):
         # A text can be cut between two characters that are neighbours in no piece.
         self._neighbours = {left + right for token in vocabulary for left, right in pairwise(token)}
         # Encodes a text whose prefix and spaces are in place already: the parts of a long text, of which only the first has a prefix.
-        self._inner = self._without_prefix(state) if not self._plain_added() else None
+        self._bare = self._without_prefix(state)
+        self._inner = self._bare if not self._plain_added() else None
 
     @classmethod
     def from_model_file(cls, path: str | os.PathLike[str]) -> "SentencePieceTokenizer":
@@ -191,6 +193,22 @@ class SentencePieceTokenizer(BackendTokenizer):
             return self._encode_all(self._backend, [text])
         slices = (text[i : i + _PART_CHARS] for i in range(0, len(text), _PART_CHARS))
         return self._encode_inner(list(cut_safely(slices, self._last_cut)), beginning=True)
+
+    def encode_batch(
+        self, texts: Sequence[str], *, special: bool = False, after: bool = False
+    ) -> list[npt.NDArray[np.uint32]]:
+        if not after:
+            return super().encode_batch(texts, special=special)
+        # The prefix is missing only up to the first added token: what follows it is as in any text.
+        names = [token.content for token in self._added.values() if special or not token.special]
+        pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+        cuts = [found.start() if (found := pattern.search(text)) else len(text) for text in texts]
+        firsts = [text[:cut].replace(" ", SPACE) for text, cut in zip(texts, cuts, strict=True)]
+        others = super().encode_batch([text[cut:] for text, cut in zip(texts, cuts, strict=True)], special=special)
+        return [
+            np.concatenate([np.array(first.ids, dtype=np.uint32), other])
+            for first, other in zip(self._encodings(self._bare, firsts), others, strict=True)
+        ]
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[npt.NDArray[np.uint32]]:
         if self._inner is None:

@@ -17,6 +17,7 @@ _SIGNATURES = {
     b"%PDF": ("a PDF", ""),
     b"PK\x03\x04": ("a zip archive or office document", ""),
     b"\x1f\x8b": ("a gzip archive", ""),
+    b"PAR1": ("a Parquet file", ""),
 }
 
 
@@ -84,12 +85,15 @@ def _decoded(
         byte, place = 0, position + chunk.index(0)
     except UnicodeDecodeError as error:
         byte, place = error.object[error.start], position - pending + error.start
+    raise DataError(f"{path} is {not_utf8(Path(path).name, byte, place, head)}")
+
+
+def not_utf8(name: str, byte: int, place: int, head: bytes) -> str:
+    """What an error says about a byte at a place of the file `name`, which begins with `head`."""
     kind, encoding = _guess(head, byte)
-    name = Path(path).name
     command = f", for example: iconv -f {encoding} -t UTF-8 {name} > utf8-{name}" if encoding else ""
-    raise DataError(
-        f"{path} is not UTF-8 text: byte 0x{byte:02x} at position {place:,}. "
-        f"It looks like {kind}; save it as UTF-8 text{command}"
+    return (
+        f"not UTF-8 text: byte 0x{byte:02x} at position {place:,}. It looks like {kind}; save it as UTF-8 text{command}"
     )
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +76,11 @@ class TiktokenTokenizer(Tokenizer):
     def gguf_vocabulary(self) -> GGUFVocabulary:
         return self._bpe.gguf_vocabulary()
 
+    def with_chat_template(self, template: str | None) -> Tokenizer:
+        other = super().with_chat_template(template)
+        other.__dict__.pop("_bpe", None)  # it has the old one
+        return other
+
     def to_bpe(self) -> BPETokenizer:
         """The same vocabulary as a BPETokenizer, with the same ids for any text."""
         return self._bpe
@@ -87,7 +93,8 @@ class TiktokenTokenizer(Tokenizer):
         } | self._encoding._special_tokens
         merges = [_last_merge(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
         pairs = [(bytes_to_characters(left), bytes_to_characters(right)) for left, right in merges]
-        return BPETokenizer.from_merges(vocabulary, pairs, pre_tokenizer="gpt-2")
+        tokenizer = BPETokenizer.from_merges(vocabulary, pairs, pre_tokenizer="gpt-2")
+        return cast(BPETokenizer, tokenizer.with_chat_template(self.chat_template))
 
 
 def _load_gpt2() -> tiktoken.Encoding:
