@@ -11,7 +11,8 @@ from llmforge.errors import ConfigError
 
 HELP = "write a GGUF file or a Hugging Face folder"
 DESCRIPTION = """Write a model as a GGUF file (LM Studio, Ollama, llama.cpp), as a Hugging Face folder (transformers), or both.
-It goes from file to file one tensor at a time: memory for the largest tensor is enough."""
+It goes from file to file some rows of a tensor at a time, in half a gigabyte of memory. An adapter is merged on the way. An export
+that was killed goes on where it stopped when it is started again."""
 EXAMPLES = """examples:
   llmforge export runs/quijote --gguf quijote.gguf                     16-bit floats
   llmforge export runs/quijote --gguf quijote.gguf --file-type Q8_0    half the size, nearly the same text
@@ -19,6 +20,8 @@ EXAMPLES = """examples:
   llmforge export runs/quijote --gguf q4.gguf --file-type Q4_K_M --report --report-text other.txt
   llmforge export runs/quijote --hf out/quijote                        for AutoModelForCausalLM
   llmforge export base/ --gguf base.gguf --file-type BF16              a downloaded Llama, Mistral or Qwen
+  llmforge export base/ --adapter runs/tutor --gguf tutor.gguf --file-type Q4_K_M
+  llmforge export base/ --adapter runs/tutor --adapter-gguf lora.gguf  the adapter alone, for a GGUF of the base
 """
 
 
@@ -40,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hf", metavar="FOLDER", help="Hugging Face folder to write")
     parser.add_argument(
+        "--adapter-gguf",
+        metavar="FILE",
+        help="GGUF LoRA to write, of --adapter alone: to be applied to a GGUF of the model",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="of the Hugging Face weights (default: as they are)",
@@ -55,21 +63,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.gguf is None and args.hf is None:
-        raise ConfigError("say what to write: --gguf FILE, --hf FOLDER, or both")
+    if args.gguf is None and args.hf is None and args.adapter_gguf is None:
+        raise ConfigError("say what to write: --gguf FILE, --hf FOLDER, or both; or --adapter-gguf FILE")
+    if args.adapter_gguf is not None and args.adapter is None:
+        raise ConfigError("--adapter-gguf writes an adapter; say which one: --adapter FOLDER, after its base")
     if args.report is not None and args.gguf is None:
         raise ConfigError("--report measures a GGUF; say which one to write: --gguf FILE")
     import torch
 
     from llmforge.convert import export_gguf, export_hf, open_model
 
-    model, tokenizer = open_model(args.model, checkpoint=args.checkpoint, revision=args.revision)
+    if args.adapter_gguf is not None:
+        _adapter_gguf(args)
+    if args.gguf is None and args.hf is None:
+        return 0
+    model, tokenizer = open_model(
+        args.model,
+        checkpoint=args.checkpoint,
+        revision=args.revision,
+        adapter=args.adapter,
+        merge_base=args.merge_base,
+    )
     tokenizer = find_tokenizer(args, tokenizer)
     if args.hf is not None:
         if args.gguf is not None:
             tokenizer.gguf_vocabulary()  # one that has none is refused before anything is written
         dtype = getattr(torch, args.dtype) if args.dtype is not None else None
-        report = export_hf(model, tokenizer, args.hf, dtype=dtype, ternary=args.ternary, overwrite=args.overwrite)
+        report = export_hf(
+            model,
+            tokenizer,
+            args.hf,
+            dtype=dtype,
+            ternary=args.ternary,
+            overwrite=args.overwrite,
+            progress=Bar("bytes"),
+        )
         for note in report.notes:
             print(f"note: {note}")
         print(f"wrote {args.hf} (Hugging Face, {report.file_type})")
@@ -81,8 +109,24 @@ def run(args: argparse.Namespace) -> int:
         print(f"wrote {args.gguf} ({report.file_type}, {size})")
         if args.report is not None:
             _report(args)
-        print(f"next  {program()} verify {args.gguf} {args.model}")
+        print(f"next  {program()} verify {args.gguf} {args.model}{_adapter_options(args)}")
     return 0
+
+
+def _adapter_options(args: argparse.Namespace) -> str:
+    options = "" if args.adapter is None else f" --adapter {args.adapter}"
+    return options if args.merge_base is None else f"{options} --merge-base {args.merge_base}"
+
+
+def _adapter_gguf(args: argparse.Namespace) -> None:
+    from llmforge.convert.adapter_gguf import export_adapter_gguf
+    from llmforge.convert.load import find_adapter, find_model
+
+    base = find_model(args.model, checkpoint=args.checkpoint, revision=args.revision)
+    report = export_adapter_gguf(find_adapter(args.adapter), base, args.adapter_gguf)
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"wrote {args.adapter_gguf} (adapter, {report.file_type}, {report.bytes / 1e6:.1f} MB)")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from llmforge.tokenizers import Tokenizer
 
 
-MODEL_HELP = "run folder, checkpoint, Hugging Face folder or owner/name, .gguf, or nanoGPT's or llama2.c's ckpt.pt"
+MODEL_HELP = "run folder, checkpoint, Hugging Face folder or owner/name, adapter folder, .gguf, or nanoGPT's or llama2.c's ckpt.pt"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help="of owner/name: a branch, tag or commit (default: main)")
     parser.add_argument(
         "--tokenizer", metavar="FOLDER", help="folder with the tokenizer.json, where the model has none"
+    )
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="LoRA (PEFT's, or a tuning run) to merge into the model's weights"
+    )
+    add_merge_base_argument(parser)
+
+
+def add_merge_base_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--merge-base",
+        choices=("original", "nf4"),
+        help="weights that an adapter is merged onto: as they are, or rounded to 4 bits as a QLoRA saw them (default: as the adapter "
+        "was trained)",
     )
 
 
@@ -47,7 +60,13 @@ def load_model(args: argparse.Namespace, *, device: str | None = "cpu") -> "tupl
 
     dtype = getattr(torch, getattr(args, "dtype", None) or "float32")
     model, tokenizer = load(
-        args.model, checkpoint=args.checkpoint, revision=args.revision, device=pick_device(device), dtype=dtype
+        args.model,
+        checkpoint=args.checkpoint,
+        revision=args.revision,
+        device=pick_device(device),
+        dtype=dtype,
+        adapter=args.adapter,
+        merge_base=args.merge_base,
     )
     return model, find_tokenizer(args, tokenizer)
 

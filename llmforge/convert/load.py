@@ -84,10 +84,19 @@ def open_model(
     published, tokenizer = _open(found, merge_base, ())
     if adapter is None:
         return published, tokenizer
-    folder = find_model(adapter)
+    return _with_adapter(published, tokenizer, find_adapter(adapter), merge_base)
+
+
+def find_adapter(path: str | os.PathLike[str]) -> Path:
+    """The adapter folder that `path` names: the latest checkpoint of a tuning run, what is downloaded, or `path` itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = find_model(path)
     if not _is_adapter(folder):
         raise CheckpointError(f"{folder} holds no adapter: it has no adapter_config.json, or weights of its own")
-    return _with_adapter(published, tokenizer, folder, merge_base)
+    return folder
 
 
 def _open(path: Path, merge_base: MergeBase | None, above: tuple[Path, ...]) -> tuple[Published, Tokenizer | None]:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ def export_hf(
     ternary: str = "bitlinear",
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load without remote code.
 
@@ -49,6 +51,7 @@ def export_hf(
             weights of training, which transformers rounds as it runs, to train them there. Other weights are not concerned.
         max_shard_bytes: weights above this go into several files.
         overwrite: replace a Hugging Face folder that is there.
+        progress: called with the number of bytes of weights that are written, and of all.
     Raises:
         ConvertError: the model or the tokenizer cannot be expressed; `folder` to be replaced is something else.
         WriteError: the folder exists, cannot be written, or the disk is full.
@@ -73,7 +76,7 @@ def export_hf(
     inputs = inputs_of(published, dtype=_DTYPES[dtype], ternary=ternary, max_shard_bytes=max_shard_bytes)
     with resumable_folder(folder, inputs, overwrite=overwrite) as unfinished:
         tmp = unfinished.path
-        write_safetensors(tmp, hf_tensors, max_shard_bytes=max_shard_bytes, marks=unfinished.marks)
+        write_safetensors(tmp, hf_tensors, max_shard_bytes=max_shard_bytes, marks=unfinished.marks, progress=progress)
         _write_json(tmp / "config.json", config)
         special: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(tmp / "generation_config.json", {**special, "do_sample": True, "temperature": 0.8, "top_k": 50})

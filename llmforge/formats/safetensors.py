@@ -11,7 +11,7 @@ Source: https://huggingface.co/docs/safetensors (format), Hugging Face's model.s
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def write_safetensors(
     *,
     max_shard_bytes: int | None = 5_000_000_000,
     marks: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write model.safetensors into an existing folder, or shards and their index where one file would be too large.
 
@@ -80,18 +81,27 @@ def write_safetensors(
         tensors: read one by one, and some rows at a time: memory for a single tensor is needed where it has no `read_rows`.
         max_shard_bytes: most bytes of tensors in a file (a single larger tensor has a file of its own); None = always one file.
         marks: of `resumable_folder`: tensors that a killed process has written are not read again.
+        progress: called with the number of bytes that are written, and of all.
     """
     folder = Path(folder)
     shards = _shards(tensors, max_shard_bytes)
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+
+    def written(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
     if len(shards) == 1:
-        _write_file(folder / SINGLE_FILE, shards[0], marks)
+        _write_file(folder / SINGLE_FILE, shards[0], marks, written)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard, marks)
+        _write_file(folder / file, shard, marks, written)
         weight_map.update(dict.fromkeys(shard, file))
-    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -107,7 +117,9 @@ def _shards(tensors: Mapping[str, LazyTensor], max_bytes: int | None) -> list[di
     return shards
 
 
-def _write_file(path: Path, tensors: Mapping[str, LazyTensor], marks: Path | None) -> None:
+def _write_file(
+    path: Path, tensors: Mapping[str, LazyTensor], marks: Path | None, written: Callable[[int], None]
+) -> None:
     # Wide types first, as the safetensors package does it: so each tensor is aligned to its own type.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on "format"
@@ -127,11 +139,13 @@ def _write_file(path: Path, tensors: Mapping[str, LazyTensor], marks: Path | Non
         for name in names:
             tensor = tensors[name]
             if out.skip(tensor.nbytes):
+                written(tensor.nbytes)
                 continue
             end = out.position + tensor.nbytes
             for block in tensor.blocks():
                 assert block.dtype == tensor.dtype, name
                 out.write(block.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+                written(block.nbytes)
             assert out.position == end, name
             out.mark()
 
