@@ -1,6 +1,8 @@
 """Several documents in a row: each one as if it was alone, on every backend of attention."""
 
 import copy
+import functools
+import itertools
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmforge.errors import ConfigError, DataError
 from llmforge.models import GPT, BitNet, BitNetConfig, GPTConfig, Llama, LlamaConfig
-from llmforge.nn import Documents, KVCache, attention_mask, causal_attention, document_backend
+from llmforge.nn import Documents, KVCache, attention_mask, causal_attention, document_backend, documents
 from llmforge.training import next_token_loss
 from llmforge.training.loss import chunked_next_token_loss
 
@@ -215,3 +217,70 @@ def test_what_does_not_go_together_is_refused(model, idx):
         pass
     with pytest.raises(ConfigError, match="varlen attention needs a CUDA device"), document_backend("varlen"):
         model.features(idx, positions=POSITIONS)
+
+
+# --- varlen, which the CPU has not: its place is taken by a loop with the same arguments
+
+
+def stand_in(q, k, v, cu_seqlens, longest, window, *, leaks=False):
+    """(N, H, D) tokens laid end to end; `window` tokens to the left, -1 = all."""
+    assert cu_seqlens.dtype == torch.int32
+    edges = [0, len(q)] if leaks else cu_seqlens.tolist()
+    assert longest == max(end - begin for begin, end in itertools.pairwise(cu_seqlens.tolist()))
+    found = []
+    for begin, end in itertools.pairwise(edges):
+        part = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))
+        mask = attention_mask(end - begin, end - begin, window=None if window < 0 else window + 1)
+        found.append(causal_attention(*part, mask=mask)[0].transpose(0, 1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", ["llama", "window", "gpt"])
+def test_varlen_gets_what_it_needs(monkeypatch, idx, name):
+    model, calls = MODELS[name]().eval(), []
+    with torch.no_grad(), document_backend("loop"):
+        expected = model.features(idx, positions=POSITIONS)
+    monkeypatch.setattr(documents, "_has_varlen", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(documents, "_varlen", lambda *args: calls.append(args[3]) or stand_in(*args))
+    with torch.no_grad():
+        found = model.features(idx, positions=POSITIONS)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert len(calls) == 3
+    assert calls[0] is calls[1] is calls[2]
+    assert calls[0].tolist() == [0, 7, 8, 20, 24, 27, 48]
+
+
+def test_varlen_is_tried_before_it_is_trusted(monkeypatch):
+    def works(function):
+        monkeypatch.setattr(documents, "_varlen", function)
+        return documents._varlen_works(torch.device("cpu"), torch.bfloat16, 16)
+
+    def missing(*args):
+        raise ImportError("cannot import name 'varlen_attn'")
+
+    def other_arguments(*args):
+        raise TypeError("varlen_attn() got an unexpected keyword argument 'window_size'")
+
+    assert works(stand_in)
+    with torch.inference_mode():
+        assert works(stand_in)
+    assert not works(functools.partial(stand_in, leaks=True))
+    assert not works(lambda *args: stand_in(*args[:-1], -1))  # no window
+    assert not works(missing)
+    assert not works(other_arguments)
+    assert not documents._has_varlen(torch.device("cpu"), torch.bfloat16, 16)
+
+
+def test_trying_varlen_within_a_checkpointed_block_leaves_no_trace(monkeypatch, idx):
+    model = MODELS["llama"]().train()
+    monkeypatch.setattr(documents, "_varlen", stand_in)
+    tried = functools.cache(lambda *args: documents._varlen_works(*args) is None)  # tried at the first layer; False
+    monkeypatch.setattr(documents, "_has_varlen", tried)
+    model.set_activation_checkpointing("blocks")
+    chunked_next_token_loss(model, (idx, idx, POSITIONS))[0].backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.set_activation_checkpointing("none")
+    chunked_next_token_loss(model, (idx, idx, POSITIONS))[0].backward()
+    assert all(torch.equal(one, p.grad) for one, p in zip(found, model.parameters(), strict=True))
+    assert tried.cache_info().misses == 1

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from llmforge.errors import ConfigError, DataError
 from llmforge.nn.attention import attention_mask, causal_attention
@@ -19,8 +19,8 @@ from llmforge.nn.attention import attention_mask, causal_attention
 # the pairs between documents too. "loop": a call per document, which computes nothing in vain and holds no mask.
 DocumentBackend = Literal["varlen", "mask", "loop"]
 
-# What a call of the loop costs, forward and backward, in pairs of tokens of the mask. CPU: 0.2 ms against 0.25 us for 8 heads of 64
-# (benchmarks/packing.py). CUDA: an estimate, 0.15 ms of launches against 0.5 ns for 32 heads of 128 at 100 TFLOP/s.
+# What a call of the loop costs, forward and backward, in pairs of tokens of the mask. CPU: 0.2 ms a call against 0.25 us a pair, with
+# 8 heads of 64 on one core. CUDA: an estimate, 0.15 ms of launches against 0.5 ns for 32 heads of 128 at 100 TFLOP/s.
 _PAIRS_PER_CALL = {"cpu": 1_000, "cuda": 300_000}
 
 _chosen: ContextVar[DocumentBackend | None] = ContextVar("document_backend", default=None)
@@ -132,7 +132,7 @@ class Documents:
             ConfigError: `document_backend("varlen")` was asked for, and does not work with these tensors.
         """
         backend = self._pack.backend
-        has_varlen = dropout == 0 and q.is_cuda and _varlen_works(q.device, q.dtype, q.shape[-1])
+        has_varlen = dropout == 0 and _has_varlen(q.device, q.dtype, q.shape[-1])
         if backend == "varlen" and not has_varlen:
             raise ConfigError(
                 f"varlen attention needs a CUDA device with FlashAttention, torch 2.10, a 16-bit dtype and no dropout; this is "
@@ -171,31 +171,34 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, w
 
 
 @functools.cache
+def _has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether varlen attention can be used: versions and wheels of torch differ in what they have, so it is tried once."""
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and _varlen_works(device, dtype, head_dim)
+
+
 def _varlen_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether varlen attention runs here, forward and backward, and finds what SDPA finds: versions and wheels differ in what they have."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return False
+    """Whether varlen attention runs, forward and backward, and finds what SDPA finds: with windows, and heads that share keys."""
     generator = torch.Generator(device).manual_seed(0)
-    try:
-        with torch.enable_grad():
-            q, k, v = (
-                torch.randn(8, heads, head_dim, device=device, dtype=dtype, generator=generator, requires_grad=True)
-                for heads in (2, 1, 1)
-            )
+    # Hooks that do nothing: those of a checkpoint around the layer must not meet these tensors.
+    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+        q, k, v = (
+            torch.randn(8, heads, head_dim, device=device, dtype=dtype, generator=generator).requires_grad_()
+            for heads in (2, 1, 1)
+        )
+        try:
             found = _varlen(q, k, v, torch.tensor([0, 3, 8], dtype=torch.int32, device=device), 5, 1)
-            found.float().sum().backward()  # type: ignore[no-untyped-call]
-            expected = torch.cat(
-                [
-                    F.scaled_dot_product_attention(
-                        q[part].transpose(0, 1),
-                        k[part].transpose(0, 1).expand(2, -1, -1),
-                        v[part].transpose(0, 1).expand(2, -1, -1),
-                        attn_mask=attention_mask(length, length, window=2, device=device),
-                    )
-                    for part, length in ((slice(3), 3), (slice(3, 8), 5))
-                ],
-                dim=1,
-            )
-            return torch.allclose(found.float(), expected.transpose(0, 1).float(), atol=3e-2)
-    except (ImportError, RuntimeError, TypeError, NotImplementedError):  # no such function, kernel or argument
-        return False
+            grads = torch.autograd.grad(found.float().square().sum(), (q, k, v))
+        except (ImportError, RuntimeError, TypeError):  # no such function, kernel or argument
+            return False
+        parts = [
+            [x.transpose(0, 1)[None] for x in rows]
+            for rows in zip(*(torch.split(x, [3, 5]) for x in (q, k, v)), strict=True)
+        ]
+        expected = [
+            causal_attention(*part, mask=attention_mask(T, T, window=2, device=device))
+            for part, T in zip(parts, (3, 5), strict=True)
+        ]
+        rows = torch.cat(expected, dim=2)[0].transpose(0, 1)
+        expected_grads = torch.autograd.grad(rows.float().square().sum(), (q, k, v))
+    pairs = zip((found, *grads), (rows, *expected_grads), strict=True)
+    return all(torch.allclose(one.float(), other.float(), atol=5e-2, rtol=5e-2) for one, other in pairs)
