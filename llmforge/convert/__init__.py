@@ -1,5 +1,6 @@
 """Our models to other people's files, and back."""
 
+from llmforge.convert.adapter_gguf import export_adapter_gguf
 from llmforge.convert.imatrix import Importance, collect_imatrix, read_imatrix, write_imatrix
 from llmforge.convert.load import load, open_model
 from llmforge.convert.published import ExportReport
@@ -12,6 +13,7 @@ __all__ = [
     "ExportReport",
     "Importance",
     "collect_imatrix",
+    "export_adapter_gguf",
     "export_gguf",
     "export_hf",
     "load",
