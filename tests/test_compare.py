@@ -16,15 +16,18 @@ import torch.nn.functional as F
 from toy import TEXT, toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmforge import BPETokenizer, Llama, LlamaConfig, export_gguf, export_hf, load
+from llmforge import BPETokenizer, Llama, LlamaConfig, SentencePieceTokenizer, export_gguf, export_hf, load
 from llmforge.cli import compare as compare_command
 from llmforge.cli import deploy as deploy_command
+from llmforge.data import InstructionDataset
 from llmforge.deploy import compare as compare_module
 from llmforge.deploy.compare import AnswerLoss, ComparedPrompt, Comparison, compare_models
 from llmforge.deploy.pages import MIN_COLUMNS
 from llmforge.deploy.prompts import Prompt, read_prompts
 from llmforge.errors import ConfigError, ConvertError, DataError
+from llmforge.finetune import LoRAConfig, apply_lora_, save_adapter
 from llmforge.formats.gguf import write_gguf
+from llmforge.tokenizers.templates import TEMPLATES, with_chat_template
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
@@ -33,7 +36,7 @@ TEMPLATE = (
 )
 RECORDS = [
     {"instruction": "En un lugar", "input": "de la Mancha", "output": "de cuyo nombre no quiero acordarme"},
-    {"prompt": "no ha mucho tiempo", "completion": "que vivía un hidalgo."},
+    {"prompt": "no ha mucho tiempo", "output": "que vivía un hidalgo."},
     {"messages": [{"role": "system", "content": "Cita."}, {"role": "user", "content": "hidalgo"}, {"role": "assistant", "content": "vivía"}]},
     {"prompt": "quiero acordarme"},
 ]  # fmt: skip
@@ -101,7 +104,7 @@ def by_hand(folder, template):
         messages = record.get("messages")
         if messages is None:
             question = record.get("prompt") or f"{record['instruction']}\n\n{record['input']}"
-            answer = record.get("completion") or record["output"]
+            answer = record["output"]
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
         start = len(tokenizer(before, add_special_tokens=False)["input_ids"])
@@ -209,13 +212,64 @@ def test_models_in_memory_and_progress(prompts):
     )
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert model.training
-    # A context of 16: the prompt of 11 tokens loses its first ones to the answer of 12.
-    ids = torch.tensor([tokenizer.encode("En un lugar")[-5:] + tokenizer.encode("de la Mancha")])
+    # A context of 16: the prompt of 11 tokens loses its first ones to the answer of 13.
+    ids = torch.tensor(
+        [tokenizer.encode("En un lugar")[-4:] + tokenizer.encode("de la Mancha") + [tokenizer.eos_token_id]]
+    )
     with torch.no_grad():
-        logits = model.eval()(ids[:, :-1])[0, 4:]
-    expected = F.cross_entropy(logits, ids[0, 5:], reduction="sum").item()
+        logits = model.eval()(ids[:, :-1])[0, 3:]
+    expected = F.cross_entropy(logits, ids[0, 4:], reduction="sum").item()
     assert result.base_loss.nats == pytest.approx(expected, rel=1e-5)
     assert any("longer than its context and were cut" in note for note in result.notes)
+
+
+def test_an_adapters_folder_is_a_model(folders, tmp_path):
+    model, tokenizer = load(folders["base"])
+    apply_lora_(model, LoRAConfig(r=4))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_adapter(model, tmp_path / "adapter", base_model=str(folders["base"]))
+    result = compare_models(folders["base"], tmp_path / "adapter", RECORDS[:2], max_new_tokens=8, raw=True)
+    beside = compare_models(folders["base"], (model, tokenizer), RECORDS[:2], max_new_tokens=8, raw=True)
+    assert [row.tuned for row in result.rows] == [row.tuned for row in beside.rows] != [row.base for row in result.rows]
+    assert result.tuned_loss.nats == pytest.approx(beside.tuned_loss.nats, rel=1e-4)  # merged, and beside the weights
+    assert result.tuned_loss.nats != pytest.approx(result.base_loss.nats, rel=1e-2)
+
+
+def test_alpacas_input_has_the_place_that_the_template_gives_it(folders):
+    model, tokenizer = load(folders["tuned"])
+    tokenizer = tokenizer.with_chat_template(TEMPLATES["alpaca"])
+    expected = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
+        "appropriately completes the request.\n\n### Instruction:\nEn un lugar\n\n### Input:\nde la Mancha\n\n### Response:\n"
+    )
+    ids = torch.tensor([tokenizer.encode(expected) + tokenizer.encode(RECORDS[0]["output"]) + [tokenizer.eos_token_id]])
+    start = len(tokenizer.encode(expected))
+    with torch.no_grad():
+        logits = model(ids)[0]
+    nats = F.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum").item()
+    result = compare_models((model, tokenizer), (model, tokenizer), RECORDS[:1], max_new_tokens=1)
+    assert result.base_loss.nats == pytest.approx(nats, rel=1e-5)
+    assert "En un lugar\n\nde la Mancha" in str(result)
+
+
+@pytest.mark.parametrize("kind", ["alpaca", "messages", "completion"])
+def test_the_loss_is_the_one_that_tuning_sees(folders, kind):
+    model, tokenizer = load(folders["tuned"])
+    tokenizer = with_chat_template(tokenizer, "alpaca")
+    records = {
+        "alpaca": RECORDS[:1],
+        "messages": RECORDS[2:3],
+        "completion": [{"prompt": "En un lugar de", "completion": " la Mancha"}],
+    }[kind]
+    data = InstructionDataset.from_records(records, tokenizer, kind=kind)
+    idx, targets, _ = data.batch(0, batch_size=1, seq_len=256)
+    with torch.no_grad():
+        nats = F.cross_entropy(model(idx)[0], targets[0], ignore_index=-100, reduction="sum").item()
+    result = compare_models((model, tokenizer), (model, tokenizer), records, max_new_tokens=1)
+    assert result.base_loss.nats == pytest.approx(nats, rel=1e-5)
+    assert result.base_loss.n_tokens == (targets >= 0).sum()
 
 
 # GGUF
@@ -249,6 +303,42 @@ def test_llama_cpp_beside_torch_raw_and_with_stops(folders, ggufs):
         folders["tuned"], ggufs["tuned"], prompts, raw=True, engine="llama.cpp", max_new_tokens=12, stop=[stop]
     )
     assert cut.rows[0].base == cut.rows[0].tuned == ours.rows[0].base[: ours.rows[0].base.index(stop)]
+
+
+def sentencepiece_tokenizer():
+    """<unk>, <s>, </s>, the bytes, letters, and pieces of two and three of them."""
+    letters = sorted(set(TEXT.replace(" ", "\u2581").replace("\n", "")) | set("IRnstructonespo:#"))
+    pieces = ["\u2581d", "en", "de", "\u2581de", "ar", "ue", "an", "\u2581a", "in", "es"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces, *letters]
+    types = [2, 3, 3, *[6] * 256, *[1] * (len(pieces) + len(letters))]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(pieces) + len(letters))]
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    return SentencePieceTokenizer.from_scores(tokens, scores, types, unk_id=0, add_space_prefix=True, config=config)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_llama_cpp_puts_no_space_before_an_answer_either(tmp_path, raw):
+    tokenizer = with_chat_template(sentencepiece_tokenizer(), "alpaca")
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+    )
+    model = Llama(config).eval()
+    export_gguf(model, tokenizer, tmp_path / "m.gguf", file_type="F32")
+    records = [{"prompt": "En un lugar", "output": "de la Mancha"}, {"prompt": "hidalgo", "output": " que vivía"}]
+    result = compare_models(
+        (model, tokenizer), tmp_path / "m.gguf", records, raw=raw, engine="llama.cpp", max_new_tokens=1
+    )
+    assert result.same_tokens
+    assert result.base_loss.nats == pytest.approx(result.tuned_loss.nats, rel=1e-4)
+    ids = tokenizer.encode_batch(["de la Mancha"], after=True)[0].tolist()
+    assert tokenizer.decode_bytes(ids) == b"de la Mancha"
+    assert result.rows[0].base_loss.n_tokens == len(ids) + 1  # and </s>
 
 
 def test_llama_cpp_cuts_at_the_context_as_torch_does(folders, ggufs):
@@ -372,14 +462,19 @@ def test_the_markdown_page_fences_what_it_shows():
 
 def test_all_forms_of_prompts_are_read(tmp_path):
     expected = [
-        Prompt(({"role": "user", "content": "En un lugar\n\nde la Mancha"},), "de cuyo nombre no quiero acordarme"),
+        Prompt(
+            ({"role": "user", "content": "En un lugar", "input": "de la Mancha"},), "de cuyo nombre no quiero acordarme"
+        ),
         Prompt(({"role": "user", "content": "no ha mucho tiempo"},), "que vivía un hidalgo."),
         Prompt(({"role": "system", "content": "Cita."}, {"role": "user", "content": "hidalgo"}), "vivía"),
         Prompt(({"role": "user", "content": "quiero acordarme"},), None),
     ]
+    expected.append(Prompt(({"role": "user", "content": "a"},), "b", raw=True))
+    expected.append(Prompt(({"role": "user", "content": "c"},), None))
+    records = [*RECORDS, {"prompt": "a", "completion": "b"}, {"conversations": [{"from": "human", "value": "c"}]}]
     lines, whole, plain = tmp_path / "a.jsonl", tmp_path / "a.json", tmp_path / "a.txt"
-    lines.write_text("\ufeff" + "\r\n\r\n".join(map(json.dumps, RECORDS)), encoding="utf-8")
-    whole.write_text(json.dumps(RECORDS, indent=1), encoding="utf-8")
+    lines.write_text("\ufeff" + "\r\n\r\n".join(map(json.dumps, records)), encoding="utf-8")
+    whole.write_text(json.dumps(records, indent=1), encoding="utf-8")
     plain.write_text("one\n\n two\n", encoding="utf-8")
     assert read_prompts(lines) == read_prompts(whole) == expected
     assert read_prompts(lines, limit=2) == expected[:2]
@@ -390,18 +485,21 @@ def test_all_forms_of_prompts_are_read(tmp_path):
     ("content", "message"),
     [
         ("", "has no prompts"),
-        ('{"prompt": "a"}\n{"prompt": ', "line 2 is not valid JSON"),
-        ('{"prompt": "a"}\n\n{"promt": "b"}', "line 3: the keys are 'promt'; a prompt is like"),
+        ('{"prompt": "a"}\n{"prompt": ', "line 2: not valid JSON from column"),
+        ('{"prompt": "a"}\n\n{"promt": "b"}', "line 3: its keys are 'promt'; a prompt is like"),
         ('{"prompt": " "}', "line 1: prompt is ' '; it must be text that is not empty"),
         ('{"prompt": 3}', "line 1: prompt is 3"),
         ('{"prompt": "a", "output": 3}', "the answer is 3; it must be text"),
+        ('{"prompt": "a", "completion": 3}', "completion is 3; it must be text"),
+        ('{"instruction": " "}', "nothing is asked"),
         ("3", "line 1: 3 is no prompt"),
-        ('{"messages": []}', "the messages are"),
-        ('{"messages": [3]}', "message 0 is 3"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "message 0 has the role 'tool'"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', "there is no question"),
-        ("[1, ", "is not valid JSON"),
-        (b"\xff\xfe{", "is not UTF-8"),
+        ('{"messages": []}', "messages is []"),
+        ('{"messages": [3]}', "messages[0] is 3"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "messages[0]: role is 'robot'"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "nothing was asked before it"),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "nothing was asked before it"),
+        ("[1, ", "record 1"),
+        (b"\xff\xfe{", "UTF-16"),
     ],
 )
 def test_files_that_hold_no_prompts_are_refused(tmp_path, content, message):

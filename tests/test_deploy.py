@@ -13,16 +13,20 @@ import jinja2
 import pytest
 import torch
 
+from llmforge import Llama, LlamaConfig
 from llmforge.cli import deploy as deploy_command
+from llmforge.convert.adapter_gguf import export_adapter_gguf
 from llmforge.deploy import lmstudio, place
 from llmforge.deploy.chat_form import FileChat, chat_form, go_template, stop_words
 from llmforge.deploy.modelfile import check_ollama_name, kv_cache_bytes, modelfile, ollama_name, quoted
 from llmforge.deploy.place import deploy_gguf
 from llmforge.errors import CheckpointError, ConfigError, ConvertError, LLMForgeError
+from llmforge.finetune import LoRAConfig, apply_lora_, save_adapter
 from llmforge.formats.atomic import WriteError
 from llmforge.formats.gguf import GGUFTensor, write_gguf
 from llmforge.formats.lazy import LazyTensor
 from llmforge.tokenizers.base import PASS_THROUGH
+from llmforge.tokenizers.templates import TEMPLATES as OURS
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
@@ -58,6 +62,7 @@ GEMMA = (
     "{% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}"
 )
 TEMPLATES = {
+    **{f"our {name}": template for name, template in OURS.items()},
     "chatml": CHATML,
     "default system": QWEN,
     "llama3": LLAMA3,
@@ -301,6 +306,9 @@ def test_a_base_model_gets_the_plain_prompt(template):
         ("chatml", ["</s>", "<|im_end|>", "<|im_start|>"]),
         ("llama3", ["</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]),
         ("alpaca", ["</s>", "### Instruction:"]),
+        ("our alpaca", ["</s>", "### Instruction:"]),
+        ("our chatml", ["</s>", "<|im_end|>", "<|im_start|>"]),
+        ("our llama3", ["</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]),
         ("llama2", ["</s>", "[INST]"]),
         ("gemma", ["</s>", "<end_of_turn>", "<start_of_turn>"]),
     ],
@@ -585,8 +593,36 @@ def test_a_modelfile_of_ones_own_or_of_another_model_is_kept(home, tmp_path):
     (tmp_path / "Modelfile").write_text("FROM ./a.gguf\n")
     with pytest.raises(WriteError, match="--overwrite"):
         deploy_gguf(first, "ollama")
+    deploy_gguf(first, "ollama", overwrite=True)
+    changed = (tmp_path / "Modelfile").read_text().replace("num_ctx 4096", "num_ctx 99")
+    (tmp_path / "Modelfile").write_text(changed)
+    with pytest.raises(WriteError, match="or was changed"):
+        deploy_gguf(first, "ollama")
+    assert (tmp_path / "Modelfile").read_text() == changed
     deploy_gguf(second, "ollama", overwrite=True)
     assert "FROM ./b.gguf" in (tmp_path / "Modelfile").read_text()
+
+
+def test_an_adapter_that_was_exported_is_known_as_one(home, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    model = Llama(config)
+    apply_lora_(model, LoRAConfig(r=4))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    save_adapter(model, tmp_path / "adapter", base_model="base")
+    export_adapter_gguf(tmp_path / "adapter", Llama(config), tmp_path / "lora.gguf")
+    commands = parse_modelfile(deploy_gguf(tmp_path / "lora.gguf", "ollama", base="llama3:8b").modelfile.read_text())
+    assert commands == [("FROM", "llama3:8b"), ("ADAPTER", "./lora.gguf")]
 
 
 def test_an_adapter_goes_upon_its_base(home, tmp_path):

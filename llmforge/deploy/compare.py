@@ -25,6 +25,7 @@ from llmforge.errors import ConfigError, DataError
 from llmforge.formats.gguf import read_gguf_header
 from llmforge.generation import Sampling, stream_text
 from llmforge.tokenizers import Tokenizer, render_chat
+from llmforge.tokenizers.templates import has_input, joined_input
 
 Engine = Literal["torch", "llama.cpp"]
 ENGINES: tuple[Engine, ...] = ("torch", "llama.cpp")
@@ -325,20 +326,27 @@ class _Side:
             tokenizer=own,
         )
 
+    def is_raw(self, prompt: Prompt) -> bool:
+        """Whether the model reads this prompt without a chat template."""
+        return prompt.raw or self.chat_template is None
+
     def texts(self, prompt: Prompt) -> tuple[str, str | None]:
-        """The text that the model reads, and what it should write, its end included; None where that is not known."""
-        if self.chat_template is None:
+        """The text that the model reads, and what it should write; None where that is not known. A template writes its end, too."""
+        if self.is_raw(prompt):
             return prompt.text, prompt.answer
         # render_chat looks at these two alone: the template may be the other model's.
         chat = cast(Tokenizer, SimpleNamespace(chat_template=self.chat_template, special_tokens=self.special_tokens))
-        before = render_chat(chat, prompt.messages)
+        asked = list(prompt.messages)
+        if not has_input(chat):  # no place for an Alpaca record's
+            asked = [joined_input(message) for message in asked]
+        before = render_chat(chat, asked, tools=prompt.tools)
         if prompt.answer is None:
             return before, None
-        messages = [*prompt.messages, {"role": "assistant", "content": prompt.answer}]
-        whole = render_chat(chat, messages, add_generation_prompt=False)
+        messages = [*asked, {"role": "assistant", "content": prompt.answer}]
+        whole = render_chat(chat, messages, add_generation_prompt=False, tools=prompt.tools)
         if whole.startswith(before):
             return before, whole[len(before) :]
-        return before, prompt.answer + self.special_tokens.get("eos_token", "")
+        return before, prompt.answer
 
 
 def _is_gguf(model: Model) -> bool:
@@ -379,19 +387,20 @@ def _torch_answers(
         rows: int | None = getattr(getattr(model, "lm_head", None), "out_features", None)
         for prompt in prompts:
             before, after = side.texts(prompt)
-            if side.chat_template is None:
+            raw = side.is_raw(prompt)
+            if raw:
                 ids = getattr(tokenizer, "prompt_ids", tokenizer.encode)(before)
-                answer_ids = None if after is None else tokenizer.encode(after)
             else:
                 ids = tokenizer.encode_special(before)
-                answer_ids = None if after is None else _continuation(tokenizer, before, after, ids)
+                if getattr(tokenizer, "add_bos", False) and ids[:1] != [tokenizer.bos_token_id]:
+                    ids = [cast(int, tokenizer.bos_token_id), *ids]
+            answer_ids = None if after is None else _answer_ids(tokenizer, after, raw=raw)
             _check_ids([*ids, *(answer_ids or [])], rows, side.name)
             pieces = stream_text(model, tokenizer, ids, max_new_tokens=max_new_tokens, stop=stop, seed=seed, **sampling)
             text = "".join(pieces)
             if answer_ids is None or prompt.answer is None:
                 yield _Answer(text=text, loss=None, scored=[])
                 continue
-            answer_ids = _to_end(answer_ids, tokenizer)
             kept_ids, kept = _fit(ids, answer_ids, context)
             cut = len(kept) < len(answer_ids)
             n_bytes = len(tokenizer.decode_bytes(kept)) if cut else len(prompt.answer.encode())
@@ -413,17 +422,21 @@ def _in_memory(model: Model, device: str | torch.device, dtype: torch.dtype | No
     yield load(model, device=device, dtype=dtype)[0]
 
 
-def _continuation(tokenizer: Tokenizer, before: str, after: str, ids: list[int]) -> list[int]:
-    """Ids of what follows: as the whole text has them, where the beginning keeps its own, as in training; else by themselves."""
-    whole = tokenizer.encode_special(before + after)
-    return whole[len(ids) :] if whole[: len(ids)] == ids else tokenizer.encode_special(after)
+def _answer_ids(tokenizer: Tokenizer, text: str, *, raw: bool) -> list[int]:
+    """Ids of an answer by itself, since the model is given its prompt's, whatever follows; with the token that ends it.
 
-
-def _to_end(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Up to the token that ends the answer: what a template writes after it, the model never has to."""
-    ends = getattr(tokenizer, "end_token_ids", {tokenizer.eos_token_id})
-    at = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: at + 1]
+    As tuning has them: what a template writes after the end is the beginning of the next question.
+    """
+    if hasattr(tokenizer, "encode_batch"):
+        ids: list[int] = tokenizer.encode_batch([text], special=not raw, after=True)[0].tolist()
+    else:  # one of four methods
+        ids = tokenizer.encode(text)
+    if not raw:
+        ends = getattr(tokenizer, "end_token_ids", {tokenizer.eos_token_id})
+        last = max((i for i, token in enumerate(ids) if token in ends), default=None)
+        if last is not None:
+            return ids[: last + 1]
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
 def _fit(ids: list[int], answer: list[int], context: int | None) -> tuple[list[int], list[int]]:
@@ -473,9 +486,11 @@ def _llama_cpp_answers(
     request = {
         "gguf": str(path.resolve()),
         "context": side.context,
-        "prompts": [{"before": before, "after": after} for before, after in texts],
-        "special": side.chat_template is not None,
-        "add_bos": side.add_bos and side.chat_template is None,
+        "prompts": [
+            {"before": before, "after": after, "raw": side.is_raw(prompt)}
+            for prompt, (before, after) in zip(prompts, texts, strict=True)
+        ],
+        "add_bos": side.add_bos,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed,
@@ -489,6 +504,6 @@ def _llama_cpp_answers(
     for prompt, answer in zip(prompts, found["answers"], strict=True):
         loss = None
         if answer["scored"] and prompt.answer is not None:
-            n_bytes = answer["n_bytes"] if answer["cut"] else len(prompt.answer.encode())
+            n_bytes = len(prompt.answer.encode()) if answer["n_bytes"] is None else answer["n_bytes"]
             loss = AnswerLoss(nats=answer["nats"], n_tokens=len(answer["scored"]), n_bytes=n_bytes)
         yield _Answer(text=answer["text"], loss=loss, scored=answer["scored"], cut=answer["cut"])

@@ -14,7 +14,7 @@ FOLDER/response.json  <- {"n_vocab"}
 
 Or, where the request has "prompts", it answers these (compare.py):
 
-FOLDER/request.json   {"gguf", "context", "prompts": [{"before", "after"}, ...], "special", "add_bos", "max_new_tokens", "temperature",
+FOLDER/request.json   {"gguf", "context", "prompts": [{"before", "after", "raw"}, ...], "add_bos", "max_new_tokens", "temperature",
                       "seed", "stop"}
 FOLDER/response.json  <- {"answers": [{"text", "scored", "nats", "n_bytes", "cut"}, ...]}
 
@@ -71,21 +71,26 @@ def _answers(request: dict[str, Any]) -> list[dict[str, Any]]:
     """What the model writes after each prompt, and -log p of what it should write."""
     vocab_only = llama_cpp.Llama(request["gguf"], vocab_only=True, verbose=True)
     vocab = llama_cpp.llama_model_get_vocab(vocab_only.model)
-    special, add_bos = request["special"], request["add_bos"]
     context = request["context"] or llama_cpp.llama_model_n_ctx_train(vocab_only.model)
     prepared = []
     for prompt in request["prompts"]:
-        before = vocab_only.tokenize(prompt["before"].encode(), add_bos=add_bos, special=special)
+        special = not prompt["raw"]
+        start = vocab_only.tokenize(prompt["before"].encode(), add_bos=False, special=special)
+        bos = [llama_cpp.llama_vocab_bos(vocab)] if request["add_bos"] else []
+        before = start if bos == start[:1] else bos + start  # a template may have written it
         after: list[int] = []
         if prompt["after"] is not None:
-            whole = vocab_only.tokenize((prompt["before"] + prompt["after"]).encode(), add_bos=add_bos, special=special)
-            if special and whole[: len(before)] == before:
-                after = whole[len(before) :]
-            else:
-                after = vocab_only.tokenize(prompt["after"].encode(), add_bos=False, special=special)
-            if special:
-                end = next((i for i, t in enumerate(after) if llama_cpp.llama_vocab_is_eog(vocab, t)), len(after))
-                after = after[: end + 1]
+            after = vocab_only.tokenize(prompt["after"].encode(), add_bos=False, special=special)
+            if llama_cpp.llama_vocab_type(vocab) == llama_cpp.LLAMA_VOCAB_TYPE_SPM:  # it puts a space before a text
+                whole = vocab_only.tokenize(
+                    (prompt["before"] + prompt["after"]).encode(), add_bos=False, special=special
+                )
+                after = whole[len(start) :] if whole[: len(start)] == start else after
+            ends = [i for i, token in enumerate(after) if special and llama_cpp.llama_vocab_is_eog(vocab, token)]
+            if ends:
+                after = after[: ends[-1] + 1]
+            elif (eos := llama_cpp.llama_vocab_eos(vocab)) >= 0:
+                after = [*after, eos]
         prepared.append((before, after))
     longest = max(len(before) + max(len(after), request["max_new_tokens"]) for before, after in prepared)
     llama = _load(request["gguf"], min(context, longest), logits_all=False)
@@ -126,7 +131,9 @@ def _answer(llama: Any, vocab: Any, before: list[int], after: list[int], context
         "text": text[:found],
         "scored": scored,
         "nats": nats,
-        "n_bytes": sum(len(_piece(vocab, token)) for token in scored),
+        "n_bytes": sum(len(_piece(vocab, token)) for token in scored)
+        if len(scored) < len(after)
+        else None,  # all of them
         "cut": len(scored) < len(after) or len(read) < len(before),
     }
 

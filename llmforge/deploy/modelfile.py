@@ -4,8 +4,9 @@ Source: Ollama's docs/modelfile.md and parser/parser.go. The parser has no escap
 that follows a closing quote, and characters that do not print are dropped.
 """
 
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from llmforge.deploy.chat_form import FileChat, chat_form, go_template, stop_words
@@ -14,7 +15,7 @@ from llmforge.errors import ConfigError
 DEFAULT_NUM_CTX = (
     8192  # the largest that is written without being asked for: Ollama reserves the whole cache at the start
 )
-MARK = "# Written by llmforge deploy."  # first line: such a file may be written again
+_MARK = "# Written by llmforge deploy. Any line may be changed; then run ollama create again. "
 
 _NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 
@@ -41,7 +42,7 @@ def modelfile(
     Raises:
         ConfigError: a value that a Modelfile cannot express or the model cannot use.
     """
-    lines, notes = [MARK + " Any line may be changed; then run ollama create again.", f"FROM {_path(source)}"], []
+    lines, notes = [f"FROM {_path(source)}"], []
     if adapter is not None:
         lines.append(f"ADAPTER {_path(adapter)}")
     if metadata:
@@ -74,7 +75,8 @@ def modelfile(
         notes.append(why)
     if system is not None:
         lines.append(f"SYSTEM {quoted('system', system)}")
-    return "\n".join(lines) + "\n", notes
+    text = "\n".join(lines) + "\n"
+    return f"{_MARK}({_digest(text)})\n{text}", notes
 
 
 def quoted(what: str, text: str) -> str:
@@ -178,6 +180,15 @@ def _path(path: str) -> str:
     return path
 
 
-def source_lines(text: str) -> Sequence[str]:
-    """The FROM and ADAPTER lines of a Modelfile that `modelfile` wrote: of which model it is."""
+def is_untouched(there: str, of: str) -> bool:
+    """Whether a Modelfile is as `modelfile` wrote it, for the same files as the Modelfile `of`: then it may be written anew."""
+    first, _, rest = there.partition("\n")
+    return first == f"{_MARK}({_digest(rest)})" and _sources(there) == _sources(of)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _sources(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(("FROM ", "ADAPTER "))]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmforge.deploy.lmstudio import in_wsl, lmstudio_models_folder, windows_path
-from llmforge.deploy.modelfile import MARK, check_ollama_name, modelfile, ollama_name, source_lines
+from llmforge.deploy.modelfile import check_ollama_name, is_untouched, modelfile, ollama_name
 from llmforge.errors import CheckpointError, ConfigError, ConvertError
 from llmforge.formats.atomic import WriteError, atomic_file
 from llmforge.formats.gguf import read_gguf_header
@@ -322,8 +322,7 @@ def _write_modelfile(job: _Job, place: Path, text: str) -> str:
             there = place.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise WriteError(f"cannot read {place}, which is there already: {error}") from error
-        ours = there.startswith(MARK) and source_lines(there) == source_lines(text)
-        if there != text and not ours and not job.overwrite:
+        if not is_untouched(there, text) and not job.overwrite:
             raise WriteError(
                 f"{place} exists and is of another model, or was changed; name another folder with --out, or replace it with "
                 "--overwrite"
