@@ -308,7 +308,8 @@ def merged(weight: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor
             [0.0000, 1.0000]])
     """
     # peft adds adapters in 16 bits as float32 too: it casts them when it loads them.
-    total = weight.to(torch.promote_types(weight.dtype, torch.float32)) + (B.float() @ A.float()).mul_(scale)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = (B.float() @ A.float()).mul_(scale).to(wide).add_(weight)  # in place: memory costs more than the sums
     if magnitude is not None:
         total = (magnitude.float() / torch.linalg.norm(total, dim=1))[:, None] * total
     return total.to(weight.dtype)
