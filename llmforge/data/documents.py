@@ -49,7 +49,7 @@ class DocumentWriter:
         self.tokenizer = tokenizer
         self.train_on_inputs = train_on_inputs
         self._has_input = has_input(tokenizer)
-        self._ends = {tokenizer.decode_bytes([i]).decode(errors="replace"): i for i in tokenizer.end_token_ids}
+        self._ends = [tokenizer.decode([i]) for i in sorted(tokenizer.end_token_ids)]
         if tokenizer.chat_template is not None:
             self._check_template()
 

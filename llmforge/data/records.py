@@ -129,9 +129,10 @@ def _lines(path: Path, file: BinaryIO, head: bytes) -> Iterator[tuple[Place, Any
             yield where, DataError(f"it has {length:,} bytes; at most {MAX_LINE_BYTES:,} are allowed for one record")
         elif line.strip():
             try:
+                text = line.decode("utf-8")
                 if (zero := line.find(0)) >= 0:
                     raise DataError(not_utf8(path.name, 0, position + zero, head))
-                yield where, _parse(line.decode("utf-8"))
+                yield where, _parse(text)
             except UnicodeDecodeError as error:
                 yield where, DataError(not_utf8(path.name, line[error.start], position + error.start, head))
             except DataError as error:
@@ -159,13 +160,13 @@ def _elements(path: Path, head: bytes) -> Iterator[tuple[Place, Any]]:
             "line, which has no limit"
         )
     content = path.read_bytes()
-    if (zero := content.find(0)) >= 0:
-        raise DataError(f"{path} is {not_utf8(path.name, 0, zero, head)}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         place = error.start + (len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
         raise DataError(f"{path} is {not_utf8(path.name, content[place], place, head)}") from error
+    if (zero := content.find(0)) >= 0:
+        raise DataError(f"{path} is {not_utf8(path.name, 0, zero, head)}")
     del content
     at = _skip_space(text, text.index("[") + 1)
     number, line, counted = 0, 1, 0
