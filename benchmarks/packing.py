@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, nargs="+", default=[8, 32, 128, 512], help="mean lengths in tokens")
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_256])
     parser.add_argument("--width", type=int, default=256, help="of the hidden states before the output projection")
+    parser.add_argument("--layers", type=int, default=6, help="of the model whose activations are recomputed")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--name", default="packing")
     args = parser.parse_args()
@@ -51,7 +52,7 @@ def main() -> None:
         "attention": [packing(args.tokens, mean, args.repeats) for mean in args.documents],
         "loss": [loss(args.tokens // 4, vocab, args.width, args.repeats) for vocab in args.vocab],
         "step": [step(args.tokens // 2, vocab, args.repeats) for vocab in (args.vocab[0] // 4, args.vocab[0])],
-        "recompute": recompute(args.tokens // 2, args.repeats),
+        "recompute": recompute(args.tokens // 2, args.layers, args.repeats),
     }
     machine.write(args.name, result)
 
@@ -126,9 +127,11 @@ def chunks(chunk_tokens: int | None) -> Callable[[Tensor, nn.Linear, Tensor], No
 def step(tokens: int, vocab: int, repeats: int) -> dict[str, Any]:
     """A step of a whole model from scratch, every position a target: what a Trainer would gain or lose."""
 
+    T = min(256, tokens)
+
     def make() -> tuple[lf.Llama, tuple[Tensor, Tensor]]:
-        model = lf.Llama(lf.LlamaConfig(vocab_size=vocab, max_position_embeddings=256, **SHAPE))
-        idx, targets = torch.randint(vocab, (2, tokens // 256, 256))
+        model = lf.Llama(lf.LlamaConfig(vocab_size=vocab, max_position_embeddings=T, **SHAPE))
+        idx, targets = torch.randint(vocab, (2, tokens // T, T))
         return model, (idx, targets)
 
     def run_with(loss_fn: Any) -> Callable[[lf.Llama, Sequence[Tensor]], None]:
@@ -150,9 +153,9 @@ def step(tokens: int, vocab: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def recompute(tokens: int, repeats: int) -> list[dict[str, Any]]:
+def recompute(tokens: int, layers: int, repeats: int) -> list[dict[str, Any]]:
     """A step of a frozen model with trained norms, as adapters train: activations kept, recomputed, offloaded, in tiles."""
-    shape = {**SHAPE, "num_hidden_layers": 6, "intermediate_size": 1024}
+    shape = {**SHAPE, "num_hidden_layers": layers, "intermediate_size": 1024}
     settings = [("none", 1), ("none", 4), ("blocks", 1), ("blocks", 4), ("offload", 1), ("offload", 4)]
 
     def make(mode: Any, tiles: int) -> tuple[lf.Llama, Tensor]:

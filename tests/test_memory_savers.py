@@ -1,8 +1,13 @@
 """What saves memory in training changes neither loss nor gradients: chunked loss, checkpointing, tiles, a table on the host."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 import weakref
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,6 +276,14 @@ def test_a_loss_in_chunks_says_what_it_needs():
         chunked_cross_entropy(torch.randn(3, 4), nn.Sequential(nn.Linear(4, 9)), torch.zeros(3, dtype=torch.long))
 
 
+def test_a_second_backward_pass_is_an_error_and_not_a_wrong_gradient():
+    model, batch = llama(), batch_of()
+    loss_sum = chunked_next_token_loss(model, batch)[0]
+    (2 * loss_sum).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_sum.backward()
+
+
 # --- Activation checkpointing
 
 
@@ -534,3 +547,31 @@ def test_host_embeddings_are_modules_of_their_own():
     assert not layer(torch.tensor([1])).requires_grad
     x = torch.randn(2, 6, 2)
     assert torch.equal(in_tiles(nn.Identity(), x, 4), x)
+
+
+def test_the_benchmark_runs_at_toy_size(tmp_path):
+    sizes = [
+        "--tokens",
+        "64",
+        "--documents",
+        "16",
+        "--vocab",
+        "400",
+        "--width",
+        "32",
+        "--layers",
+        "2",
+        "--repeats",
+        "1",
+    ]
+    environment = {**os.environ, "LLMFORGE_BENCHMARK_RESULTS": str(tmp_path)}
+    benchmark = Path(__file__).parent.parent / "benchmarks" / "packing.py"
+    subprocess.run([sys.executable, str(benchmark), *sizes], check=True, capture_output=True, env=environment)
+    result = json.loads((tmp_path / "packing.json").read_text(encoding="utf-8"))
+    [attention], [loss] = result["attention"], result["loss"]
+    assert set(attention["seconds"]) == {"loop", "mask", "chosen", "padded"}
+    assert 0 <= attention["padding_fraction"] < 1
+    for head in ("head_trains", "head_frozen"):
+        assert loss[head]["peak_bytes"].keys() == loss[head]["seconds"].keys() == {"whole", "chunked", "chunks_of_64"}
+    bytes_of = {(row["checkpointing"], row["mlp_tiles"]): row["peak_bytes"] for row in result["recompute"]}
+    assert bytes_of["none", 1] > bytes_of["blocks", 1] > bytes_of["offload", 1] > bytes_of["offload", 4]

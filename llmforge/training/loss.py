@@ -126,7 +126,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, *d_params = ctx.saved_tensors
-        grads = [(d * grad).to(dtype) for d, dtype in zip(d_params, ctx.dtypes, strict=True)]
+        # In place: of a matrix (V, C) there must not be two. A second pass through this graph is then an error of autograd's.
+        grads = [d.mul_(grad).to(dtype) for d, dtype in zip(d_params, ctx.dtypes, strict=True)]
         return (None if d_hidden is None else d_hidden * grad, None, None, None, None, *grads)
 
 
