@@ -173,7 +173,9 @@ def test_merged_bfloat16_weights_are_those_of_peft_to_the_byte(build, settings, 
     for key, weight in model.state_dict().items():
         assert weight.dtype == torch.bfloat16
         reference = expected[key].T if build is hf_gpt2 and ".h." in key and weight.ndim == 2 else expected[key]
-        if settings.get("use_dora"):  # the lengths of rows are sums in another order over transposed matrices
+        if (
+            settings.get("use_dora") and build is hf_gpt2
+        ):  # peft sums a row's length over a transposed matrix, in another order
             torch.testing.assert_close(weight, reference, atol=0, rtol=2**-7)
         else:
             assert torch.equal(weight, reference), key
