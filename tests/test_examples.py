@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from toy import TEXT
+
+import llmforge as lf
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -26,6 +29,26 @@ def run(*arguments, cwd):
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def toy_llama(folder):
+    """A base model for tuning."""
+    tokenizer = lf.BPETokenizer.from_texts(
+        [TEXT, (EXAMPLES / "tutor.jsonl").read_text(encoding="utf-8")], vocab_size=300
+    )
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    model = lf.Llama(lf.LlamaConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=1024, **shape))
+    lf.export_hf(model, tokenizer, folder)
+
+
+def test_tuning_script(tmp_path):
+    toy_llama(tmp_path / "base")
+    arguments = [EXAMPLES / "finetune.py", "base", EXAMPLES / "tutor.jsonl", "--steps"]
+    out = run(*arguments, 2, cwd=tmp_path)
+    assert "adapters on 14 layers" in out
+    assert re.search(r"held-out answers: loss \d\.\d+ before, \d\.\d+ after", out)
+    assert "wrote runs/finetune/tuned.gguf" in out
+    assert "going on from step 2" in run(*arguments, 3, cwd=tmp_path)
 
 
 def test_train_export_and_verify_scripts(text, tmp_path):
@@ -85,7 +108,7 @@ def test_readme_code_runs(text, tmp_path):
 @pytest.mark.parametrize("page", ["README.md", "docs/inicio-rapido.md"])
 def test_documented_commands_run(page, text, tmp_path):
     commands = re.findall(
-        r"^llmforge (train|generate|export|verify) (.*?)(?:#.*)?$",
+        r"^llmforge (train|generate|export|verify|finetune|deploy) (.*?)(?:#.*)?$",
         (ROOT / page).read_text(encoding="utf-8"),
         re.MULTILINE,
     )
@@ -98,14 +121,23 @@ def test_documented_commands_run(page, text, tmp_path):
         "verify",
         *ternary,
         "export",
+        "finetune",
+        "export",
+        "deploy",
     ]
+    shutil.copy(EXAMPLES / "tutor.jsonl", tmp_path)
+    toy_llama(tmp_path / "runs" / "llama")
     for command, arguments in commands:
+        if command == "finetune":  # a model that knows the characters of templates
+            arguments = arguments.replace("path/to/base", "runs/llama").replace("carpeta-del-modelo", "runs/llama")
         for base in ("path/to/base", "carpeta-del-modelo"):  # any model will do
             arguments = arguments.replace(base, "runs/quijote")
         words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', arguments)]
         if "--twin" in words:
             words += ["--steps", "3", "--vocab-size", "300", "--set", "device=cpu", "--set", "num_hidden_layers=1"]
             words += ["--set", "hidden_size=256", "--set", "intermediate_size=256", "--set", "num_attention_heads=4"]
+        elif command == "finetune":
+            words += ["--steps", "2", "--set", "device=cpu"]
         elif command == "train" and "--resume" not in words:
             words += ["--steps", "3", "--set", "device=cpu", "--preset", "char-gpt-cpu"]
         run("-m", "llmforge", command, *words, cwd=tmp_path)

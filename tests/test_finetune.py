@@ -151,6 +151,35 @@ def test_preview_shows_what_is_learned(base, data, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_dry_run_says_what_a_run_needs_and_what_makes_it_fit(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "finetune",
+        "llama-3-8b",
+        "any.jsonl",
+        "--qlora",
+        "--seq-len",
+        "1024",
+        "--set",
+        "lora_r=32",
+        "--dry-run",
+    ]
+    assert main([*arguments, "--gpu-gb", "12"]) == 0
+    fits = capsys.readouterr().out
+    assert "It fits the GPU of 12 GB (11.2 of 12.0 GiB usable)." in fits
+    assert main([*arguments, "--gpu-gb", "7"]) == 0
+    does_not = capsys.readouterr().out
+    assert "It does not fit the GPU of 7 GB" in does_not
+    assert "--auto-fit takes it, or --set offload_embedding=true" in does_not
+
+
+def test_auto_fit_takes_the_cheapest_way(base, data, tmp_path, capsys):
+    arguments = ["--qlora", "--steps", 1, "--seq-len", 192, "--set", "micro_batch_size=8", "--gpu-gb", 0.5]
+    assert finetune(base, data, *arguments, "--auto-fit", "--out", tmp_path / "run") == 0
+    assert "It fits the GPU of 0.5 GB" in capsys.readouterr().out
+    assert (tmp_path / "run" / "step-000001").is_dir()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -23,7 +23,7 @@ ALLOWED = {
     "models": {"nn"},
     "data": {"tokenizers", "formats"},
     "generation": {"nn", "tokenizers"},
-    "training": {"nn", "data", "formats", "tokenizers", "generation"},
+    "training": {"nn", "data", "formats", "tokenizers", "generation", "quant"},
     "finetune": {"nn", "quant", "formats", "tokenizers"},
     "convert": {"models", "finetune", "nn", "training", "tokenizers", "formats", "quant"},
     "deploy": {"convert", "training", "generation", "data", "models", "tokenizers", "formats", "quant"},

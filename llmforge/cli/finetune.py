@@ -11,6 +11,7 @@ from llmforge.errors import CheckpointError, ConfigError, OutOfMemoryError
 if TYPE_CHECKING:
     from llmforge.cli.finetune_config import FinetuneConfig
     from llmforge.data import InstructionDataset
+    from llmforge.models import LlamaConfig
     from llmforge.tokenizers import Tokenizer
     from llmforge.training import Trainer
 
@@ -20,6 +21,7 @@ frozen base is held in 4 bits: an 8B model fits into 12 GB of GPU memory. A YAML
 EXAMPLES = """examples:
   llmforge finetune base/ tutor.jsonl --qlora --out runs/tutor         an adapter of base/, trained on the answers in tutor.jsonl
   llmforge finetune base/ tutor.jsonl --qlora --dry-run --gpu-gb 12    what that needs, without a GPU, in seconds
+  llmforge finetune llama-3-8b x.jsonl --qlora --dry-run --gpu-gb 12   the same of a preset, before anything is downloaded
   llmforge finetune config.yaml                                        all settings from a file
   llmforge finetune config.yaml --set learning_rate=1e-4 --auto-fit    change some; save memory until it fits this GPU
   llmforge finetune --resume runs/tutor                                go on after Ctrl-C, a crash or a power cut
@@ -75,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
     if args.gpu_gb is not None and not (args.dry_run or args.auto_fit):
         raise ConfigError("--gpu-gb says for which GPU --dry-run or --auto-fit counts; add one of them")
     config = _resumed(args) if args.resume is not None else _configured(args)
+    if args.dry_run and (preset := _preset(config.base_model)) is not None:
+        _fit(config, preset, preset.max_position_embeddings, None, args)
+        return 0
     from llmforge.convert import open_model
 
     published, tokenizer = open_model(config.base_model)
@@ -86,9 +91,8 @@ def run(args: argparse.Namespace) -> int:
         _preview(train_data)
         return 0
     if args.dry_run or args.auto_fit:
-        from llmforge.cli.fit import fitted
-
-        config = fitted(config, published.config, train_data, gpu_gb=args.gpu_gb, change=args.auto_fit)
+        answers = train_data.summary(min(config.sequence_len, context)).max_answer_tokens_in_a_row
+        config = _fit(config, published.config, context, answers, args)
         if args.dry_run:
             return 0
     _describe_data(train_data, val_data, min(config.sequence_len, context))
@@ -96,6 +100,28 @@ def run(args: argparse.Namespace) -> int:
     if args.resume is not None and not trainer.resume():
         print(f"{trainer.out_dir} has no checkpoint yet: starting from the beginning", file=sys.stderr)
     return _train(trainer, config)
+
+
+def _preset(name: str) -> "LlamaConfig | None":
+    """The shape of a published model, whose memory can be known before it is downloaded."""
+    from llmforge.models import LlamaConfig
+
+    return LlamaConfig.preset(name) if name in LlamaConfig.PRESETS and not Path(name).exists() else None
+
+
+def _fit(
+    config: "FinetuneConfig", model_config: Any, context: int, answers: int | None, args: argparse.Namespace
+) -> "FinetuneConfig":
+    from llmforge.cli.fit import fitted
+
+    return fitted(
+        config,
+        model_config,
+        context_length=context,
+        answer_tokens=answers,
+        gpu_gb=args.gpu_gb,
+        change=args.auto_fit,
+    )
 
 
 def _configured(args: argparse.Namespace) -> "FinetuneConfig":
