@@ -1,16 +1,30 @@
 """Memory of a tuning run: a dry run beside a real one, a case by hand, torch's own profiler, and what fits."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
+from llmforge import ConfigError, GPTConfig
+from llmforge.cli.dry_run import dry_run, profile_run
+from llmforge.errors import OutOfMemoryError
+from llmforge.finetune import LoRAConfig, NF4Config
 from llmforge.finetune.memory import (
+    GPU,
+    ITEMS,
+    LADDER,
+    GiB,
+    MemoryEstimate,
+    MemoryPlan,
     MemoryTracker,
     estimate_memory,
     extrapolated,
+    fit,
     profile_memory,
 )
 from llmforge.models import Llama, LlamaConfig
+from llmforge.training import TrainConfig, Trainer, chunked_next_token_loss
 
 T = 64
 
@@ -114,9 +128,9 @@ def test_dry_run_sees_every_byte_that_a_real_run_does(mode):
 
 @pytest.mark.parametrize("mode", ["none", "blocks", "offload"])
 def test_many_layers_are_extrapolated_to_the_byte(mode):
-    expected = profile_memory(loop(mode, layers=9)).estimate
-    assert extrapolated(lambda layers: profile_memory(loop(mode, layers=layers)), 9).estimate == expected
-    assert expected != profile_memory(loop(mode, layers=8)).estimate
+    expected = profile_memory(loop(mode, layers=6)).estimate
+    assert extrapolated(lambda layers: profile_memory(loop(mode, layers=layers)), 6).estimate == expected
+    assert expected != profile_memory(loop(mode, layers=5)).estimate
 
 
 def test_peak_is_that_of_the_profiler_of_torch():
@@ -136,3 +150,234 @@ def test_peak_is_that_of_the_profiler_of_torch():
             live += event.nbytes()
             peak = max(peak, live)
     assert grown == pytest.approx(peak, rel=0.02)
+
+
+# The run that llmforge finetune would do
+
+QLORA = dict(nf4=NF4Config(), lora=LoRAConfig(r=8))
+PLANS = {
+    "as it comes": (QLORA, {}),
+    "nothing saved": (QLORA, dict(activation_checkpointing="none", chunked_loss=False)),
+    "everything saved": (
+        QLORA,
+        dict(
+            embedding_on_host=True,
+            activation_checkpointing="offload",
+            optimizer="adamw8bit",
+            mlp_tiles=4,
+            grad_accum_steps=2,
+        ),
+    ),
+    "all weights": (dict(nf4=None, lora=None), dict(grad_accum_steps=2)),
+    "16-bit base, two rows": (dict(nf4=None, lora=LoRAConfig(r=8), dtype=torch.bfloat16), dict(micro_batch_size=2)),
+    "DoRA with dropout, and a head of its own": (
+        dict(
+            nf4=NF4Config(), lora=LoRAConfig(r=8, use_dora=True, lora_dropout=0.1, modules_to_save=("lm_head",))
+        ),
+        {},
+    ),
+}  # fmt: skip
+
+
+def llama_config(layers: int = 2, **changes) -> LlamaConfig:
+    shape = dict(
+        vocab_size=1024, hidden_size=128, intermediate_size=320, num_hidden_layers=layers, num_attention_heads=4
+    )
+    return LlamaConfig(**{**shape, "num_key_value_heads": 2, "max_position_embeddings": 512, **changes})
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_dry_run_of_a_tuning_run_is_the_run(name):
+    how, switches = PLANS[name]
+    plan = MemoryPlan(seq_len=128, **switches)
+    fake, real = (
+        profile_run(llama_config(), plan=plan, answer_tokens=50, device_type="cpu", fake=fake, **how).estimate
+        for fake in (True, False)
+    )
+    # A process that has values keeps tables of codes from its first 4-bit layer on.
+    assert 0 <= real.peak_bytes - fake.peak_bytes <= (8192 if how["nf4"] else 0)
+    assert fake.host_bytes == real.host_bytes
+    for item in ITEMS:
+        assert abs(fake.items.get(item, 0) - real.items.get(item, 0)) <= 8192
+
+
+def test_dry_run_of_a_gpt_is_the_run():
+    config = GPTConfig(vocab_size=1024, block_size=128, n_layer=2, n_head=4, n_embd=128)
+    plan = MemoryPlan(seq_len=128)
+    fake, real = (
+        profile_run(config, plan=plan, device_type="cpu", packed=False, fake=fake, **QLORA).estimate
+        for fake in (True, False)
+    )
+    assert 0 <= real.peak_bytes - fake.peak_bytes <= 8192
+
+
+def test_one_micro_step_with_gradients_and_state_is_what_two_steps_of_two_come_to():
+    plan = MemoryPlan(seq_len=128, grad_accum_steps=2)
+
+    class Rows:
+        def batch(self, step, *, batch_size, seq_len, seed):
+            idx = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+            return idx, idx.clone(), torch.arange(seq_len).expand(batch_size, -1).contiguous()
+
+    def build(tracker):
+        config = TrainConfig(
+            max_steps=2,
+            micro_batch_size=1,
+            grad_accum_steps=2,
+            seq_len=128,
+            device="cpu",
+            activation_checkpointing="blocks",
+        )
+        trainer = Trainer(Llama(llama_config()), Rows(), config=config, loss_fn=chunked_next_token_loss)
+        tracker.watch(trainer.model, trainer.optimizer)
+        return lambda: next(trainer)
+
+    long_way = estimate_memory(build, fake=False)
+    short = profile_run(llama_config(), plan=plan, nf4=None, lora=None, device_type="cpu").estimate
+    second_row = 3 * 128 * 8
+    assert 0 <= long_way.peak_bytes - short.peak_bytes <= second_row + 4 * 512
+
+
+@pytest.mark.parametrize("name", ["as it comes", "everything saved", "all weights"])
+def test_dry_run_of_many_layers_is_extrapolated_to_the_byte(name):
+    how, switches = PLANS[name]
+    plan = MemoryPlan(seq_len=128, **switches)
+    whole = profile_run(llama_config(6), plan=plan, **how).estimate
+    assert dry_run(llama_config(6), plan=plan, **how) == whole
+
+
+def test_blocks_that_differ_are_not_extrapolated():
+    lora = LoRAConfig(r=8, target_modules=r"model\.layers\.[0-2]\.mlp\.up_proj")
+    plan = MemoryPlan(seq_len=128)
+    whole = profile_run(llama_config(6), plan=plan, nf4=None, lora=lora).estimate
+    assert dry_run(llama_config(6), plan=plan, nf4=None, lora=lora) == whole
+
+
+def test_memory_of_a_long_sequence_grows_with_its_length_alone():
+    """No mask or score of T times T: three lengths lie on a line."""
+    config = llama_config(max_position_embeddings=8192)
+    lengths = (2048, 4096, 8192)
+    one, two, four = (
+        profile_run(config, plan=MemoryPlan(seq_len=T), answer_tokens=64, **QLORA).estimate.peak_bytes for T in lengths
+    )
+    assert four - two == pytest.approx(2 * (two - one), rel=1e-3)
+    assert one < two
+
+
+def test_weights_of_llama_3_8b_are_what_arithmetic_says():
+    plan = MemoryPlan(seq_len=1024, embedding_on_host=True, optimizer="adamw8bit", grad_accum_steps=2)
+    estimate = dry_run(LlamaConfig.preset("llama-3-8b"), nf4=NF4Config(), lora=LoRAConfig(r=32), plan=plan)
+    C, F, kv, L, V, r = 4096, 14_336, 1024, 32, 128_256, 32
+    shapes = [(C, C), (C, kv), (C, kv), (C, C), (C, F), (C, F), (F, C)]
+    weights = L * sum(a * b for a, b in shapes)
+    assert weights == 6_979_321_856
+    # Half a byte, a byte per 64, four per 64 * 256, and an offset in a block of its own per layer.
+    assert estimate.items["linear layers"] == weights // 2 + weights // 64 + weights // 64 // 256 * 4 + 7 * L * 512
+    assert estimate.items["embeddings and head"] == V * C * 2
+    lora = L * sum(r * (a + b) for a, b in shapes)
+    assert lora == 83_886_080
+    assert estimate.items["adapters"] == estimate.items["gradients"] == lora * 4
+    assert estimate.items["optimizer state"] == lora * 2 + 2 * lora // 256 * 4
+    assert estimate.host_bytes >= V * C * 2
+    assert estimate.peak_bytes <= 5.8 * GiB
+
+
+# What fits
+
+
+def test_each_switch_of_the_ladder_saves_memory_and_none_costs_any():
+    config = llama_config(3, vocab_size=8192, max_position_embeddings=2048)
+    plan = MemoryPlan(seq_len=2048, chunked_loss=False, activation_checkpointing="none", grad_accum_steps=2)
+    how = dict(nf4=NF4Config(), lora=LoRAConfig(r=32), answer_tokens=512)
+    needed = [dry_run(config, plan=plan, **how).peak_bytes]
+    for rung in LADDER:
+        plan = rung.on(plan)
+        needed.append(dry_run(config, plan=plan, **how).peak_bytes)
+    assert all(after <= before for before, after in pairwise(needed))
+    assert needed[0] > 4 * needed[-1]
+    assert sum(after < before for before, after in pairwise(needed)) >= 5
+
+
+def needs(plan: MemoryPlan) -> MemoryEstimate:
+    """A model by hand, in GiB: 4 and, for what is not saved, 2, 1, 3, 1, 0.5 and 1.5, per row of 1024 tokens where it grows with them."""
+    rows = plan.micro_batch_size * plan.seq_len / 1024
+    total = 4 + rows * (0.5 + 2 * (not plan.chunked_loss) + 1.5 * (plan.mlp_tiles == 1))
+    total += rows * {"none": 4, "blocks": 1, "offload": 0}[plan.activation_checkpointing]
+    total += 1 * (not plan.embedding_on_host) + 0.5 * (plan.optimizer == "adamw")
+    return MemoryEstimate({"activations": int(total * GiB)})
+
+
+WASTEFUL = MemoryPlan(chunked_loss=False, activation_checkpointing="none")  # 13.5 GiB
+
+
+@pytest.mark.parametrize(
+    ("usable", "changes"),
+    [
+        (14, []),
+        (12, ["chunked_loss"]),  # 11.5
+        (10, ["activation_checkpointing"]),  # alone: 10.5 as blocks, 9.5 offloaded; the chunked loss would leave 11.5
+        (9, ["chunked_loss", "embedding_on_host", "activation_checkpointing"]),  # 7.5; 10.5 with two
+        (7, ["chunked_loss", "embedding_on_host", "activation_checkpointing", "activation_checkpointing"]),  # 6.5
+    ],
+)
+def test_fit_takes_one_switch_that_is_enough_or_the_shortest_beginning_of_the_ladder(usable, changes):
+    plan, rungs = fit(WASTEFUL, int(usable * GiB), needs)
+    assert [name for rung in rungs for name in rung.change] == changes
+    assert needs(plan).fits(int(usable * GiB))
+    replayed = WASTEFUL
+    for rung in rungs:
+        replayed = rung.on(replayed)
+    assert replayed == plan
+
+
+def test_fit_makes_micro_batches_smaller_when_the_ladder_ends():
+    plan, rungs = fit(MemoryPlan(micro_batch_size=8, grad_accum_steps=3), int(5.1 * GiB), needs)
+    assert (plan.micro_batch_size, plan.grad_accum_steps) == (2, 12)
+    assert rungs[-1].name == "micro-batches of 2, 12 per step"
+
+
+def test_fit_says_what_the_least_demand_is_and_how_long_rows_may_be():
+    plan = MemoryPlan(seq_len=8192, micro_batch_size=2)
+    with pytest.raises(
+        OutOfMemoryError, match=r"8.00 GiB are the least .* 5.50 GiB are usable; seq_len=2048 would fit"
+    ):
+        fit(plan, int(5.5 * GiB), needs)
+    with pytest.raises(OutOfMemoryError, match="take a smaller model"):
+        fit(plan, 3 * GiB, needs)
+
+
+def test_fit_leaves_out_a_switch_that_the_model_does_not_have():
+    def tied(plan: MemoryPlan) -> MemoryEstimate:
+        if plan.embedding_on_host:
+            raise ConfigError("the head is the same matrix")
+        return needs(plan)
+
+    plan, rungs = fit(WASTEFUL, 8 * GiB, tied)
+    assert not plan.embedding_on_host
+    assert [rung.change for rung in rungs][:2] == [LADDER[0].change, LADDER[2].change]
+    with pytest.raises(ConfigError, match="same matrix"):
+        fit(MemoryPlan(embedding_on_host=True), 8 * GiB, tied)
+
+
+def test_usable_memory_of_cards_leaves_room_for_context_and_desktop():
+    assert [round(GPU.of_size(size).usable_bytes / GiB, 1) for size in (6, 8, 12)] == [5.4, 7.3, 11.2]
+    with pytest.raises(ConfigError, match="--gpu-gb"):
+        GPU.of_size(0)
+
+
+def test_estimate_is_a_table_that_adds_up():
+    estimate = MemoryEstimate({"linear layers": 3 * GiB, "activations": GiB // 2}, host_bytes=GiB)
+    assert str(estimate) == (
+        "linear layers          3.00 GiB\n"
+        "activations            0.50 GiB\n"
+        "-------------------------------\n"
+        "peak on the device     3.50 GiB\n"
+        "in host memory         1.00 GiB"
+    )
+    assert estimate.fits(estimate.peak_bytes)
+    assert not estimate.fits(estimate.peak_bytes - 1)
+
+
+def test_a_plan_refuses_what_cannot_be():
+    with pytest.raises(ConfigError, match="mlp_tiles \\(0\\)"):
+        MemoryPlan(mlp_tiles=0)

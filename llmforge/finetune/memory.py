@@ -45,7 +45,7 @@ CUDA_WORKSPACE_BYTES = 34 * 2**20
 
 _BLOCK_BYTES = 512  # the CUDA caching allocator hands out multiples of this
 _HOST = -1  # index of what is in host memory
-_DEVICE_QUERY = torch.ops.prim.device.default  # fake tensors ask this at every turn; it allocates nothing
+_DEVICE_QUERY = torch.ops.prim.device.default  # of half of all calls, and FakeTensorMode takes its time for the answer
 
 Checkpointing = Literal["none", "blocks", "offload"]
 
@@ -158,18 +158,14 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return (
-            False  # else each operation goes through torch.compile's guard, which costs more than all that is done here
-        )
+        return False  # if it were, each operation would go through a guard that costs more than all that is done here
 
     # Storages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _DEVICE_QUERY and isinstance(
-            args[0], FakeTensor
-        ):  # half of all calls; the mode below takes its time
+        if func is _DEVICE_QUERY and isinstance(args[0], FakeTensor):
             return args[0].fake_device
-        out = func(*args, **(kwargs or {}))
+        out = _replay(func, args, kwargs or {})
         self._see(out)
         if self.scratch is not None and (extra := self.scratch(func, args)):
             self._reached(extra)
@@ -361,6 +357,99 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return watched
 
 
+class _Replay:
+    """Operations under FakeTensorMode, several times as fast: a step does the same again and again, so what it returns is remembered.
+
+    What is not plain (tensors with values, arguments that are no keys, results of an unknown kind) goes to FakeTensorMode, whose own
+    memory is made for the general case.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, _Recipe | None] = {}
+
+    def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        tensors: list[FakeTensor] = []
+        try:
+            names = ((name, _key(kwargs[name], tensors)) for name in kwargs)
+            key = (func, *(_key(arg, tensors) for arg in args), *names)
+            if not tensors or any(tensor.constant is not None for tensor in tensors):
+                return func(*args, **kwargs)
+            recipe = self._known[key]
+        except TypeError:  # something that has no hash
+            return func(*args, **kwargs)
+        except KeyError:
+            out = func(*args, **kwargs)
+            self._known[key] = _recipe(out, args, tensors)
+            return out
+        return func(*args, **kwargs) if recipe is None else recipe(args, tensors)
+
+
+_replay = _Replay()  # for all runs
+_Recipe = Callable[[Sequence[Any], Sequence[FakeTensor]], Any]  # (arguments, the tensors among them) -> result
+
+
+def _key(arg: Any, tensors: list[FakeTensor]) -> Hashable:
+    """An argument as part of a key; its tensors are added to the list."""
+    if isinstance(arg, FakeTensor):
+        tensors.append(arg)
+        return arg.shape, arg.stride(), arg.storage_offset(), arg.dtype
+    if isinstance(arg, Tensor):
+        raise TypeError("tensors with values are no keys")
+    if isinstance(arg, (list, tuple)):
+        return tuple(_key(part, tensors) for part in arg)
+    return type(arg), arg  # 1, 1.0 and True are equal
+
+
+def _recipe(out: Any, args: Sequence[Any], tensors: Sequence[FakeTensor]) -> _Recipe | None:
+    """How to make what an operation has returned; None if that is of no known kind."""
+    if out is None:
+        return lambda args, tensors: None
+    if args and out is args[0]:
+        return lambda args, tensors: args[0]  # changed in place
+    if type(out) in (list, tuple):
+        kind = type(out)
+        parts = [_tensor_recipe(part, tensors) for part in out]
+        return None if None in parts else lambda args, tensors: kind(part(args, tensors) for part in parts if part)
+    return _tensor_recipe(out, tensors)
+
+
+def _tensor_recipe(out: Any, tensors: Sequence[FakeTensor]) -> _Recipe | None:
+    if type(out) is not FakeTensor or out.constant is not None or any(out is tensor for tensor in tensors):
+        return None
+    storage, shape, stride, offset, dtype = (
+        out.untyped_storage(),
+        out.shape,
+        out.stride(),
+        out.storage_offset(),
+        out.dtype,
+    )
+    device = out.fake_device
+    shown = [number for number, tensor in enumerate(tensors) if tensor.untyped_storage()._cdata == storage._cdata]
+    if shown:  # a view
+        number = shown[0]
+
+        def view(args: Sequence[Any], tensors: Sequence[FakeTensor]) -> FakeTensor:
+            with torch._C._DisableTorchDispatch():
+                meta = torch.empty(0, dtype=dtype, device="meta")
+                meta.set_(tensors[number].untyped_storage(), offset, shape, stride)  # type: ignore[call-overload]
+            return FakeTensor(tensors[0].fake_mode, meta, device)
+
+        return view
+    with torch._C._DisableTorchDispatch():
+        if (
+            torch.empty_strided(shape, stride, dtype=dtype, device="meta").untyped_storage().nbytes()
+            != storage.nbytes()
+        ):
+            return None
+
+    def new(args: Sequence[Any], tensors: Sequence[FakeTensor]) -> FakeTensor:
+        with torch._C._DisableTorchDispatch():
+            meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        return FakeTensor(tensors[0].fake_mode, meta, device)
+
+    return new
+
+
 def profile_memory(
     build: Callable[[MemoryTracker], Callable[[], object]],
     *,
@@ -379,7 +468,7 @@ def profile_memory(
         workspace_bytes: what is allocated once by kernels, CUDA_WORKSPACE_BYTES for a GPU.
     """
     tracker = MemoryTracker(scratch=scratch)
-    with FakeTensorMode() if fake else nullcontext(), tracker:
+    with _without_values() if fake else nullcontext(), tracker:
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8)
         tracker.assign([workspace], WORKSPACES)
         step = build(tracker)
@@ -387,6 +476,12 @@ def profile_memory(
             tracker.start()
             step()
         return tracker.profile
+
+
+def _without_values() -> FakeTensorMode:
+    mode = FakeTensorMode()
+    mode.__deepcopy__ = lambda _: mode  # type: ignore[attr-defined]  # a copy of a tensor is of the same mode
+    return mode
 
 
 def estimate_memory(
