@@ -83,6 +83,21 @@ def test_codes_and_scales_are_those_of_bitsandbytes(dtype, block_size):
     assert torch.equal(ours.absmax, absmax)
 
 
+def test_values_on_the_edges_round_as_in_bitsandbytes():
+    # Each block has its largest value, and the middles of the codebook times it, as exact as float32 has them: a quotient in the
+    # place of the product with the reciprocal lands on the other side for some.
+    largest = torch.rand(500, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+    middles = (torch.tensor(CODEBOOK)[1:] + torch.tensor(CODEBOOK)[:-1]) / 2
+    edges = middles * largest
+    weight = torch.cat(
+        [edges, edges.nextafter(torch.tensor(9.0)), edges.nextafter(torch.tensor(-9.0)), largest.expand(-1, 19)], 1
+    )
+    codes, _ = their_codes(weight, 64)
+    assert torch.equal(quantize_nf4(weight, double_quant=False).codes, codes)
+    divided = torch.bucketize(weight / largest, middles)
+    assert not torch.equal(divided.flatten(), nibbles(codes))  # a control
+
+
 @given(
     st.integers(1, 40), st.integers(1, 150), st.sampled_from(FLOATS), st.sampled_from([32, 64, 256]), st.integers(0, 99)
 )
