@@ -153,6 +153,13 @@ def test_the_tokenizers_own_template_is_taken_and_alpaca_without_one(bpe):
     assert learned(data) == ["[Un señor.]</s>"]
 
 
+def test_the_name_of_an_end_token_in_an_answer_does_not_end_it(bpe):
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    record = {"messages": [TURNS[1], {"role": "assistant", "content": "Es </s>, sí"}]}
+    assert learned(dataset(record, tokenizer=bpe, template=template)) == ["[Es </s>, sí]</s>"]
+    assert learned(dataset(record, tokenizer=bpe, template="alpaca")) == ["Es </s>, sí</s>"]
+
+
 def test_bos_begins_a_document_once_whoever_writes_it(bpe):
     bos = bpe.bos_token_id
     for template in (*TEMPLATES, "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"):

@@ -149,7 +149,9 @@ class DocumentWriter:
     def _cut(self, text: str, start: int) -> tuple[int, str | None]:
         """Where the answer that begins at `start` ends, and the name of the token that ends it; None where there is none."""
         ends = [(at + len(name), name) for name in self._ends if (at := text.rfind(name, start)) >= 0]
-        return max(ends, default=(len(text), None))
+        cut, name = max(ends, default=(len(text), None))
+        # With more than white space behind it, it is of what the answer says.
+        return (len(text), None) if text[cut:].strip() else (cut, name)
 
     def _eos(self) -> int:
         eos = self.tokenizer.eos_token_id
