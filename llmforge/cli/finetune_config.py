@@ -121,7 +121,6 @@ class FinetuneConfig(Config):
     activation_offloading: bool = False  # same as gradient_checkpointing: offload
     tiled_mlp: bool = False  # feed-forward of long sequences in pieces
     tiled_mlp_num_shards: int | None = None  # how many; None = 4
-    torch_compile: bool = False
 
     eval_steps: int | None = None
     evals_per_epoch: int | None = None  # None with eval_steps None = 4
@@ -258,7 +257,6 @@ class FinetuneConfig(Config):
             device=self.device,
             dtype=dtype,
             activation_checkpointing=self.activation_checkpointing,
-            compile=self.torch_compile,
             seed=self.seed,
             log_every_steps=self.logging_steps,
             eval_every_steps=self.eval_steps or max(1, per_epoch // (self.evals_per_epoch or 4)),
@@ -302,6 +300,7 @@ _NO_EFFECT = {
     "dataset_keep_in_memory": "tokens are in memory",
     "shuffle_merged_datasets": "examples are always shuffled",
     "dataloader_*": "batches are made in the loop",
+    "torch_compile*": "layers of 4 bits and the loss in chunks run as they are",
     "lora_mlp_kernel": "there is one exact way to compute adapters",
     "lora_qkv_kernel": "there is one exact way to compute adapters",
     "lora_o_kernel": "there is one exact way to compute adapters",

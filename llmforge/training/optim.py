@@ -34,13 +34,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 def _adamw_8bit(name: str, *, on_cuda: bool) -> Callable[..., torch.optim.Optimizer]:
     if on_cuda and find_spec("bitsandbytes") is not None:
-        import bitsandbytes.optim
+        from bitsandbytes.optim.adamw import AdamW8bit as KernelAdamW8bit
+        from bitsandbytes.optim.adamw import PagedAdamW8bit
 
-        classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
-            "adamw8bit": bitsandbytes.optim.AdamW8bit,
-            "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit,
+        kernels: dict[str, Callable[..., torch.optim.Optimizer]] = {
+            "adamw8bit": KernelAdamW8bit,
+            "paged_adamw8bit": PagedAdamW8bit,
         }
-        return classes[name]
+        return kernels[name]
     if name == "paged_adamw8bit":
         raise ConfigError(
             "optimizer 'paged_adamw8bit' needs an NVIDIA GPU and bitsandbytes (pip install 'llmforge[cuda]'); 'adamw8bit' runs anywhere"
