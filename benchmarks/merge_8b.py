@@ -69,6 +69,9 @@ def main() -> None:
             seconds, peak = machine.spread([run["seconds"] for run in runs]), max(run["peak_bytes"] for run in runs)
             summary[name] = {
                 "seconds": seconds,
+                "cpu_seconds": machine.spread(
+                    [run["cpu_seconds"] for run in runs]
+                ),  # of all threads, whatever else runs
                 "peak_bytes": int(peak),
                 "peak_bytes_beyond_imports": int(peak - max(run["imports_bytes"] for run in runs)),
                 "megabytes_per_second": round(total / seconds["median"] / 1e6, 1),

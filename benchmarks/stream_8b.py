@@ -41,11 +41,11 @@ import torch
 folder, target = Path(sys.argv[1]), Path(sys.argv[2])
 from llmforge.convert import export_gguf, export_hf, load
 idle = {line.split()[0]: int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")}["VmHWM:"]
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 WORK
-seconds = time.perf_counter() - start
+seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 peak = {line.split()[0]: int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")}["VmHWM:"]
-print(json.dumps({"seconds": seconds, "peak_bytes": peak * 1024, "imports_bytes": idle * 1024}))
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak * 1024, "imports_bytes": idle * 1024}))
 """
 WORKS = {
     "copy": """

@@ -309,13 +309,12 @@ def merged(weight: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor
     """
     # peft adds adapters in 16 bits as float32 too: it casts them when it loads them.
     wide = torch.promote_types(weight.dtype, torch.float32)
-    delta: Tensor = (B.float() @ A.float()).mul_(scale)
+    delta: Tensor = (B.float() @ A.float()).mul_(scale).to(wide)
     if magnitude is None:
-        return delta.to(wide).add_(weight).to(weight.dtype)  # in place: memory costs more than the sums
-    total: Tensor = (
-        weight.to(wide) + delta
-    )  # in the layout of `weight`, which decides in which order a length is summed
-    total = (magnitude.float() / torch.linalg.norm(total, dim=1))[:, None] * total
+        total = delta.add_(weight)  # in place: memory costs more than the sums
+    else:
+        total = weight.to(wide) + delta  # laid out as `weight`, which decides in which order a length is summed
+        total = (magnitude.float() / torch.linalg.norm(total, dim=1))[:, None] * total
     return total.to(weight.dtype)
 
 
