@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from llmforge import ConfigError, GPTConfig
-from llmforge.cli.dry_run import dry_run, profile_run
+from llmforge.cli.dry_run import dry_run, flash_attention_scratch, profile_run
 from llmforge.errors import OutOfMemoryError
 from llmforge.finetune import LoRAConfig, NF4Config
 from llmforge.finetune.memory import (
@@ -244,6 +244,33 @@ def test_dry_run_of_many_layers_is_extrapolated_to_the_byte(name):
     plan = MemoryPlan(seq_len=128, **switches)
     whole = profile_run(llama_config(6), plan=plan, **how).estimate
     assert dry_run(llama_config(6), plan=plan, **how) == whole
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_what_stands_for_the_gpu_stands_in_the_backward_pass_too(packed, chunked):
+    """What is computed again there keeps as many tensors as before, or torch refuses; and fused norms never take more than the CPU's way."""
+    plan = MemoryPlan(seq_len=256, chunked_loss=chunked)
+    cuda, cpu = (
+        profile_run(
+            llama_config(), plan=plan, packed=packed, dtype=torch.bfloat16, device_type=device, **QLORA
+        ).estimate
+        for device in ("cuda", "cpu")
+    )
+    assert cuda.peak_bytes - cuda.items["kernel workspaces"] <= cpu.peak_bytes
+    assert "kernel workspaces" not in cpu.items
+    assert nn.functional.rms_norm.__module__ == "torch.nn.functional"  # and all is as it was
+
+
+def test_flash_attention_in_the_backward_pass_sums_in_float32():
+    """Two calls of one shape, by hand: 8 query heads over 2, and 2 over 2; rows are padded to 128, heads to 32 values."""
+    B, H, K, rows, D = 1, 8, 2, 130, 40
+    q, k = torch.empty(B, H, rows, D, dtype=torch.bfloat16), torch.empty(B, K, rows, D, dtype=torch.bfloat16)
+    op = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+    repeated = 2 * H * rows * D * 2
+    assert flash_attention_scratch(op, [None, q, k]) == H * 256 * (64 * 4 + 4) + repeated
+    assert flash_attention_scratch(op, [None, q[:, :K], k]) == K * 256 * (64 * 4 + 4)
+    assert flash_attention_scratch(torch.ops.aten.mul.Tensor, [q, q]) == 0
 
 
 def test_blocks_that_differ_are_not_extrapolated():

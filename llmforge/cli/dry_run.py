@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmforge.finetune import LoRAConfig, NF4Config
     from llmforge.finetune.memory import MemoryEstimate, MemoryPlan, MemoryProfile, MemoryTracker
     from llmforge.models import ModelConfig
+    from llmforge.training import TrainConfig
 
 
 def dry_run(
@@ -87,8 +88,8 @@ def profile_run(
         model = _build_model(model_config, nf4, lora, plan, dtype, on_cuda=on_cuda, fake=fake)
         trainer = Trainer(
             model,
-            _Rows(answers, packed),
-            config=_train_config(plan, dtype),
+            Rows(answers, packed),
+            config=train_config(plan, dtype),
             loss_fn=chunked_next_token_loss if plan.chunked_loss else next_token_loss,
         )
         tracker.watch(model, trainer.optimizer, blocks=_blocks(model, _layers(model_config)))
@@ -113,7 +114,7 @@ def profile_run(
             build,
             fake=fake,
             steps=1,
-            scratch=_flash_attention_scratch if on_cuda else None,
+            scratch=flash_attention_scratch if on_cuda else None,
             workspace_bytes=CUDA_WORKSPACE_BYTES if on_cuda else 0,
         )
 
@@ -153,24 +154,25 @@ def _build_model(
     return model
 
 
-def _train_config(plan: "MemoryPlan", dtype: "torch.dtype") -> Any:
+def train_config(plan: "MemoryPlan", dtype: "torch.dtype", *, device: str = "cpu", steps: int = 1) -> "TrainConfig":
+    """The trainer's settings of a plan, of as many micro-steps as a dry run does: one."""
     from llmforge.training import TrainConfig
 
     return TrainConfig.from_dict(
         dict(
-            max_steps=1,
+            max_steps=steps,
             micro_batch_size=plan.micro_batch_size,
             seq_len=plan.seq_len,
             optimizer="adamw" if plan.optimizer == "adamw" else "adamw8bit",
             activation_checkpointing=plan.activation_checkpointing,
-            device="cpu",
+            device=device,
             dtype=str(dtype).removeprefix("torch."),
         )
     )
 
 
 @dataclasses.dataclass
-class _Rows:
+class Rows:
     """Data of a given shape: the last tokens of each row have a target."""
 
     answers: int
@@ -227,6 +229,17 @@ def _blocks(model: "nn.Module", layers: int) -> "Sequence[nn.Module]":
 
 
 @contextmanager
+def _replaced(owner: Any, name: str, new: object) -> "Iterator[None]":
+    """A function exchanged while the block runs. (A TorchFunctionMode would be off while a backward pass computes things again.)"""
+    before = getattr(owner, name)
+    setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
 def _functions(answers: int, on_cuda: bool) -> "Iterator[None]":
     """How many tokens have a target, which no tensor without values can say; and functions as CUDA has them.
 
@@ -235,7 +248,6 @@ def _functions(answers: int, on_cuda: bool) -> "Iterator[None]":
     """
     import torch
     import torch.nn.functional as F
-    from torch.overrides import TorchFunctionMode
 
     class RMSNorm(torch.autograd.Function):
         @staticmethod
@@ -247,23 +259,31 @@ def _functions(answers: int, on_cuda: bool) -> "Iterator[None]":
         def backward(ctx: Any, *grads: "Tensor") -> "Tensor":
             return torch.empty_like(ctx.saved_tensors[0])
 
-    class Functions(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if func is torch.Tensor.nonzero:
-                return args[0].new_empty(answers, 1, dtype=torch.int64)
-            if on_cuda and func is torch.rms_norm and (len(args) < 3 or args[2] is None):
-                return RMSNorm.apply(args[0])  # type: ignore[no-untyped-call]
-            if on_cuda and func is torch.layer_norm and torch.is_autocast_enabled("cpu"):
-                x, shape, *rest = args
-                return func(x.float(), shape, *rest, **kwargs)
-            if on_cuda and func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
-                q, k, v = args[:3]
-                if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
-                    return _flash_attention(q, k, v, kwargs.get("dropout_p", 0.0))
-            return func(*args, **kwargs)
+    rms_norm, layer_norm, attention = F.rms_norm, F.layer_norm, F.scaled_dot_product_attention
 
-    with Functions():
+    def fused_rms_norm(x: "Tensor", shape: Any, weight: "Tensor | None" = None, eps: float | None = None) -> "Tensor":
+        if weight is not None:
+            return rms_norm(x, shape, weight, eps)
+        y: Tensor = RMSNorm.apply(x)  # type: ignore[no-untyped-call]
+        return y
+
+    def float32_layer_norm(x: "Tensor", *args: Any, **kwargs: Any) -> "Tensor":
+        return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+
+    def flash_attention(q: "Tensor", k: "Tensor", v: "Tensor", **kwargs: Any) -> "Tensor":
+        if kwargs.get("attn_mask") is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
+            return _flash_attention(q, k, v, kwargs.get("dropout_p", 0.0))
+        return attention(q, k, v, **kwargs)
+
+    def nonzero(x: "Tensor") -> "Tensor":
+        return x.new_empty(answers, x.ndim, dtype=torch.int64)
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(torch.Tensor, "nonzero", nonzero))
+        if on_cuda:
+            stack.enter_context(_replaced(F, "rms_norm", fused_rms_norm))
+            stack.enter_context(_replaced(F, "layer_norm", float32_layer_norm))
+            stack.enter_context(_replaced(F, "scaled_dot_product_attention", flash_attention))
         yield
 
 
@@ -274,7 +294,7 @@ def _flash_attention(q: "Tensor", k: "Tensor", v: "Tensor", dropout: float) -> "
     return y
 
 
-def _flash_attention_scratch(func: Any, args: "Sequence[Any]") -> int:
+def flash_attention_scratch(func: Any, args: "Sequence[Any]") -> int:
     """What FlashAttention-2 allocates in its backward pass, beside the gradients: float32 sums of that of q, padded to 128 tokens and 32
     values, a number per query; and, where a head of k serves several of q, the gradients of k and v for each of these."""
     import torch
@@ -326,8 +346,6 @@ def _nothing_to_decode(on_cuda: bool) -> "Iterator[None]":
 
     from llmforge.quant import nf4
 
-    linear4bit: Any = importlib.import_module("llmforge.nn.linear4bit")
-
     largest = nf4._CHUNK if on_cuda else nf4._CHUNK_CPU
 
     def allocate(x: nf4.NF4Tensor, *, dtype: torch.dtype = torch.float32, backend: str | None = None) -> "Tensor":
@@ -339,12 +357,8 @@ def _nothing_to_decode(on_cuda: bool) -> "Iterator[None]":
         del scales, index, buffer
         return out
 
-    before = linear4bit.dequantize_nf4
-    linear4bit.dequantize_nf4 = allocate
-    try:
+    with _replaced(importlib.import_module("llmforge.nn.linear4bit"), "dequantize_nf4", allocate):
         yield
-    finally:
-        linear4bit.dequantize_nf4 = before
 
 
 @contextmanager
@@ -366,10 +380,5 @@ def _modules_that_can_be_cast() -> "Iterator[None]":
             self._buffers[name] = None if buffer is None else fn(buffer)
         return self
 
-    module: Any = nn.Module
-    before = module._apply
-    module._apply = apply
-    try:
+    with _replaced(nn.Module, "_apply", apply):
         yield
-    finally:
-        module._apply = before
