@@ -283,6 +283,11 @@ def test_a_tuning_run_is_its_latest_adapter(tmp_path):
     (step / "manifest.json").write_text(json.dumps(manifest))
     assert find_adapter(run) == step
     assert open_model(run)[0].notes == open_model(tmp_path / "base", adapter=run)[0].notes
+    weights = step / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    for folder in (run, step):
+        with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors has other content than was written"):
+            open_model(folder)
 
 
 @pytest.mark.parametrize("file_type", ["F16", "Q8_0", "Q4_K_M"])

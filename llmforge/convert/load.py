@@ -114,6 +114,8 @@ def _open(path: Path, merge_base: MergeBase | None, above: tuple[Path, ...]) -> 
 def _with_adapter(
     published: Published, tokenizer: Tokenizer | None, folder: Path, merge_base: MergeBase | None
 ) -> tuple[Published, Tokenizer | None]:
+    if (folder / "manifest.json").exists():
+        verify_manifest(folder)
     published = merge(published, read_adapter(folder), base=merge_base)
     files = sorted(entry for entry in folder.iterdir() if entry.is_file())
     return replace(published, files=(*published.files, *files)), load_tokenizer(folder) or tokenizer
