@@ -227,6 +227,23 @@ def test_a_malformed_line_is_named_and_can_be_skipped(base, tmp_path, capsys):
     assert "line 5" in captured.out + captured.err
 
 
+def test_a_template_of_tokens_that_the_base_lacks_is_warned_about(base, data, tmp_path, capsys):
+    arguments = [base, data, "--out", tmp_path / "run", "--steps", 1, "--seq-len", 256, "--template", "chatml"]
+    assert finetune(*arguments) == 0
+    assert "the chat template writes <|im_start|>, <|im_end|>, which are no tokens" in capsys.readouterr().err
+
+
+def test_examples_that_are_too_long_are_counted(base, data, tmp_path, capsys):
+    records = [*RECORDS, {"instruction": "¿?", "output": "sí " * 200}, {"instruction": "¿Y?", "output": "no " * 200}]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    arguments = [base, data, "--steps", 1, "--seq-len", 192, "--set", "val_set_size=0"]
+    assert finetune(*arguments, "--out", tmp_path / "drop") == 0
+    assert "2 are longer than seq_len (192): 2 are left out" in capsys.readouterr().err
+    assert finetune(*arguments, "--out", tmp_path / "stop", "--set", "excess_length_strategy=raise") == 2
+    assert "longer" in capsys.readouterr().err
+    assert not (tmp_path / "stop").exists()
+
+
 def test_resuming_with_the_other_command_is_explained(base, data, tmp_path, capsys):
     assert finetune(base, data, "--out", tmp_path / "run", "--steps", 1, "--seq-len", 192) == 0
     assert main(["train", "--resume", str(tmp_path / "run")]) == 2

@@ -228,13 +228,18 @@ def _data(config: "FinetuneConfig", tokenizer: "Tokenizer") -> "tuple[Instructio
 
 
 def _describe_data(train_data: "InstructionDataset", val_data: "InstructionDataset | None", seq_len: int) -> None:
-    bad, rows = train_data.bad_records, train_data.summary(seq_len)
+    from llmforge.tokenizers.templates import missing_markers
+
+    bad, rows = train_data.bad_records, train_data.summary(seq_len)  # which warns of examples that are too long
     if bad.count:
         print(f"left out {bad.count:,} malformed records: {bad.reasons[0]}")
-    if rows.num_too_long:
-        what = {"drop": "left out", "truncate": "cut"}[train_data.too_long]
-        print(f"{what.ljust(8)} {rows.num_too_long:,} examples of more than {seq_len:,} tokens")
     held_out = f" + {val_data.num_samples:,} held out" if val_data is not None else ""
+    if markers := missing_markers(train_data.tokenizer):
+        print(
+            f"warning: the chat template writes {', '.join(markers)}, which are no tokens of this model: it reads them as text, and answers end "
+            "with its end of text; --template alpaca has no such markers",
+            file=sys.stderr,
+        )
     print(
         f"examples {rows.num_documents:,}{held_out}; {rows.num_answer_tokens:,} answer tokens to learn, in {rows.num_rows:,} rows of "
         f"{seq_len:,}, {rows.efficiency:.0%} full"
