@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,9 +28,6 @@ from llmforge.finetune import (
 from llmforge.finetune.adapter_files import Rounding
 from llmforge.finetune.lora import LayerSettings, attach_
 from llmforge.formats.atomic import WriteError
-
-peft = pytest.importorskip("peft")
-
 
 OURS = {
     "lora": LoRAConfig(r=4, lora_alpha=6),

@@ -5,8 +5,11 @@ import math
 import warnings
 from functools import partial
 
+import bitsandbytes as bnb
+import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from llmforge import GPT, GPTConfig, Llama, LlamaConfig, load
@@ -28,9 +31,6 @@ from llmforge.finetune import (
 from llmforge.nn import BitLinear, Linear4bit
 from llmforge.nn.lora import LoRALinear, SavedModule, lora_layers, merged, row_lengths, saved_modules
 from llmforge.training.loss import chunked_next_token_loss, next_token_loss
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 IDX = torch.tensor([[3, 9, 1, 14, 7, 7, 20, 2], [11, 5, 60, 33, 2, 41, 0, 8]])
 TARGETS = IDX.roll(-1, 1)
@@ -238,7 +238,6 @@ def test_several_adapters_are_switched_added_and_scaled_as_in_peft(tmp_path):
 
 
 def test_ten_steps_on_a_4_bit_base_have_the_losses_of_peft_and_bitsandbytes(tmp_path):
-    bnb = pytest.importorskip("bitsandbytes")
     hf = hf_llama(hidden_size=64, intermediate_size=128)
     model = own(hf, tmp_path)
     quantize_(model, NF4Config())
