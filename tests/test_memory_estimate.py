@@ -246,6 +246,20 @@ def test_dry_run_of_many_layers_is_extrapolated_to_the_byte(name):
     assert dry_run(llama_config(6), plan=plan, **how) == whole
 
 
+def test_peak_that_moves_to_another_part_as_layers_are_added_is_found():
+    """With few layers the logits are the peak, with many the gradients of all weights: the peak itself is no straight line."""
+    how = dict(nf4=None, lora=None, plan=MemoryPlan(seq_len=256, chunked_loss=False), device_type="cpu")
+
+    def config(layers: int) -> LlamaConfig:
+        return llama_config(layers, vocab_size=4096, tie_word_embeddings=True)
+
+    three, four, whole = (profile_run(config(layers), **how).estimate for layers in (3, 4, 14))
+    assert "gradients" not in four.items
+    assert "gradients" in whole.items
+    assert dry_run(config(14), **how) == whole
+    assert whole.peak_bytes > three.peak_bytes + 11 * (four.peak_bytes - three.peak_bytes)
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("chunked", [True, False])
 def test_what_stands_for_the_gpu_stands_in_the_backward_pass_too(packed, chunked):

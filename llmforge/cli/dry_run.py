@@ -341,7 +341,7 @@ def _documents(on_cuda: bool) -> Callable[..., Any]:
 
 @contextmanager
 def _nothing_to_decode(on_cuda: bool) -> "Iterator[None]":
-    """4-bit layers that only allocate what decoding does: of the thousands of operations of a step, most would be those."""
+    """4-bit layers that only allocate what decoding does, and tables without values: most of the operations of a step would be theirs."""
     import torch
 
     from llmforge.quant import nf4
@@ -357,7 +357,15 @@ def _nothing_to_decode(on_cuda: bool) -> "Iterator[None]":
         del scales, index, buffer
         return out
 
-    with _replaced(importlib.import_module("llmforge.nn.linear4bit"), "dequantize_nf4", allocate):
+    def tables(
+        values: "Tensor", signed: bool
+    ) -> "tuple[Tensor, Tensor]":  # of 8-bit codes: values would make them slow
+        return values.new_empty(256, dtype=torch.float32), values.new_empty(255, dtype=torch.float32)
+
+    with (
+        _replaced(importlib.import_module("llmforge.nn.linear4bit"), "dequantize_nf4", allocate),
+        _replaced(importlib.import_module("llmforge.quant.dynamic8"), "_tables_for", tables),
+    ):
         yield
 
 
