@@ -75,4 +75,4 @@ def _compare(args: argparse.Namespace) -> None:
         text = "".join(read_text(args.compare))
     ids = torch.tensor(tokenizer.encode(text[:100_000]))
     for way, nats in merge_divergence(args.base, args.adapter, ids).items():
-        print(f"KL(trained || merged onto {way})  {nats:.6f} nats per token")
+        print(f"KL(trained || merged onto {way})  {max(nats, 0.0):.6f} nats per token")
