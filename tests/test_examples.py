@@ -234,3 +234,32 @@ def test_ternary_benchmarks(text, tmp_path, monkeypatch):
     points = json.loads((tmp_path / "ternary-pareto.json").read_text(encoding="utf-8"))["points"]
     assert [point["file_type"] for point in points] == ["F16", "Q8_0", "Q4_K_M", "TQ2_0"]
     assert (tmp_path / "front.png").stat().st_size > 0
+
+
+def test_tuning_benchmarks(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMFORGE_BENCHMARK_RESULTS", str(tmp_path))
+    small = ["--preset", "llama-15m", "--layers", 1, "--device", "cpu"]
+    run(ROOT / "benchmarks" / "qlora_step.py", *small, "--tokens", 16, "--repeat", 1, cwd=tmp_path)
+    result = json.loads((tmp_path / "qlora-step-cpu-llama-15m.json").read_text(encoding="utf-8"))
+    assert set(result["tokens_per_second"]) == {"nf4", "dense", "peft"}
+    toy_llama(tmp_path / "base")
+    arguments = ["base", EXAMPLES / "tutor.jsonl", "--held-out", 2, "--epochs", 1, "--set", "device=cpu"]
+    run(ROOT / "benchmarks" / "tuning_story.py", *arguments, cwd=tmp_path)
+    result = json.loads((tmp_path / "tuning-story.json").read_text(encoding="utf-8"))
+    assert set(result["held_out"]) == {"torch", "llama.cpp"}
+    run(
+        ROOT / "benchmarks" / "nf4.py",
+        "--out",
+        "nf4",
+        "--preset",
+        "llama-15m",
+        "--size",
+        1024,
+        "--tokens",
+        64,
+        "--repeat",
+        3,
+        cwd=tmp_path,
+    )
+    result = json.loads((tmp_path / "nf4.json").read_text(encoding="utf-8"))
+    assert not (tmp_path / "nf4").exists()
