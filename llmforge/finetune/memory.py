@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmforge.config import Config
 from llmforge.errors import ConfigError, OutOfMemoryError
-from llmforge.nn.host import HostEmbedding, allocates_on_host
+from llmforge.nn.host import HostEmbedding, HostEmbedding8bit, allocates_on_host
+from llmforge.nn.int8 import Embedding8bit, Int8Matrix, Linear8bit
 from llmforge.nn.linear4bit import Linear4bit
 from llmforge.nn.lora import LowRank, SavedModule
 
@@ -296,8 +297,12 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         head = getattr(model, "lm_head", None)
         for module in model.modules():
             own = [*module._parameters.values(), *module._buffers.values()]
-            if isinstance(module, HostEmbedding):
-                self.assign(own, None)
+            if isinstance(module, Int8Matrix):
+                continue  # see those who have it
+            if isinstance(module, (HostEmbedding, HostEmbedding8bit)):
+                self.assign(module.buffers(), None)
+            elif isinstance(module, (Embedding8bit, Linear8bit)):
+                self.assign([*module.parameters(), *module.buffers()], EMBEDDINGS)
             elif isinstance(module, nn.Embedding) or module is head:
                 self.assign(own, EMBEDDINGS)
             elif isinstance(module, (nn.Linear, Linear4bit)):
@@ -613,12 +618,12 @@ def fit(
     for number, rung in enumerate(rungs, 1):
         best = _with(rung, best)
         if fits(best):
-            return best, rungs[:number]
+            return best, _last_words(rungs[:number])
     while best.micro_batch_size > 1:
         rung = _smaller_micro_batch(best)
-        best, rungs = rung.on(best), [*(r for r in rungs if "micro_batch_size" not in r.change), rung]
+        best, rungs = rung.on(best), [*rungs, rung]
         if fits(best):
-            return best, rungs
+            return best, _last_words(rungs)
     needed = known[best]
     assert needed is not None
     shorter = best
@@ -629,6 +634,15 @@ def fit(
         f"{needed.peak_bytes / GiB:.2f} GiB are the least that this needs, with every switch on that saves memory, and "
         f"{gpu_bytes / GiB:.2f} GiB are usable; {way}"
     )
+
+
+def _last_words(rungs: Sequence[Rung]) -> list[Rung]:
+    """Without those whose fields a later one sets again."""
+    return [
+        rung
+        for number, rung in enumerate(rungs)
+        if not any(rung.change.keys() <= r.change.keys() for r in rungs[number + 1 :])
+    ]
 
 
 def _with(rung: Rung, plan: MemoryPlan) -> MemoryPlan:
