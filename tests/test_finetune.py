@@ -77,6 +77,19 @@ def test_examples_become_an_adapter_that_is_a_model(kind, base, data, tmp_path, 
         assert finetune("--debug", base, data, kind, "--out", out) == 2
 
 
+def test_a_run_does_not_begin_in_the_folder_of_a_model_or_of_another_run(base, data, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    file = tmp_path / "file"
+    file.write_text("")
+    for out, why in ((model, "holds a model (config.json)"), (file, "is a file")):
+        assert finetune(model, data, "--steps", 1, "--out", out) == 2
+        printed = capsys.readouterr()
+        assert why in printed.err and "examples" not in printed.out  # nothing was read before
+    assert sorted(entry.name for entry in model.iterdir()) == sorted(entry.name for entry in base.iterdir())
+    lf.load(model)
+
+
 def test_resume_equals_an_uninterrupted_run(base, data, tmp_path, capsys):
     arguments = ["--qlora", "--steps", 6, "--seq-len", 192, "--set", "save_steps=2", "--set", "lora_dropout=0.1"]
     arguments += ["--set", "save_total_limit=9"]

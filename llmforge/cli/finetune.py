@@ -81,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
         _fit(config, preset, preset.max_position_embeddings, None, args)
         return 0
     from llmforge.convert import open_model
+    from llmforge.training.checkpoint import check_new_run
 
+    if args.resume is None and not (args.preview or args.dry_run):
+        check_new_run(Path(config.output_dir))  # before minutes of loading
     published, tokenizer = open_model(config.base_model)
     if tokenizer is None:
         raise ConfigError(f"{config.base_model} has no tokenizer files; put its tokenizer.json beside the weights")

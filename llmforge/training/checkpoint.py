@@ -180,6 +180,26 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
+def check_new_run(out_dir: Path) -> None:
+    """Refuse a folder whose content a new run's checkpoints would be mixed with.
+
+    Raises:
+        CheckpointError: it holds another run's checkpoints, with the newest of them; or a model, which nobody could load any more: a
+            folder with a step-... in it is a run. Or it is a file.
+    """
+    if out_dir.exists() and not out_dir.is_dir():
+        raise CheckpointError(f"{out_dir} is a file, and a run is a folder; choose another out_dir")
+    if found := list_checkpoints(out_dir):
+        raise CheckpointError(
+            f"{out_dir} already holds {found[-1].name}; go on with resume() or --resume, or choose another out_dir"
+        )
+    for name in ("config.json", "adapter_config.json"):
+        if (out_dir / name).exists():
+            raise CheckpointError(
+                f"{out_dir} holds a model ({name}), in whose place its checkpoints would be loaded; choose another out_dir"
+            )
+
+
 def find_checkpoint(run: str | os.PathLike[str], which: str = "latest") -> Path:
     """One good checkpoint of a run.
 

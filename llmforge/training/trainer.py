@@ -22,6 +22,7 @@ from llmforge.tokenizers import Tokenizer
 from llmforge.training.checkpoint import (
     ModelFiles,
     TrainerState,
+    check_new_run,
     find_checkpoint,
     list_checkpoints,
     load_state,
@@ -434,15 +435,9 @@ class Trainer:
             self.model.train(was_training)
 
     def check_out_dir(self) -> None:
-        """Refuse to begin a run in a folder that holds another one's checkpoints.
-
-        Raises:
-            CheckpointError: names the newest of them and the ways out.
-        """
-        if self.step == 0 and self.out_dir is not None and (found := list_checkpoints(self.out_dir)):
-            raise CheckpointError(
-                f"{self.out_dir} already holds {found[-1].name}; go on with resume() or --resume, or choose another out_dir"
-            )
+        """Refuse to begin a run in a folder that holds another one's checkpoints, or a model; see `check_new_run`."""
+        if self.step == 0 and self.out_dir is not None:
+            check_new_run(self.out_dir)
 
     def _due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.step % every_steps == 0
