@@ -132,6 +132,7 @@ class FinetuneConfig(Config):
     # Not Axolotl's
     offload_embedding: bool = False  # the token embedding in the host's memory
     double_quant: bool = True  # of NF4: the scales of its blocks in 8 bits
+    embedding_bits: Literal[8, 16] = 16  # of token embedding and output projection beside a base in 4 bits
     skip_bad: bool = False  # leave out malformed records, and count them, where otherwise the first is an error
     device: str | None = None
 
@@ -149,6 +150,10 @@ class FinetuneConfig(Config):
             )
         if self.adapter == "qlora" and self.load_in_4bit is False:
             raise ConfigError("adapter qlora means a base in 4 bits, but load_in_4bit is false; use adapter: lora")
+        if self.embedding_bits not in (8, 16):
+            raise ConfigError(f"embedding_bits ({self.embedding_bits}) must be 8 or 16")
+        if self.embedding_bits == 8 and self.nf4_config is None:
+            raise ConfigError("embedding_bits: 8 belongs to a base in 4 bits; set adapter: qlora, or leave it out")
         if self.lora_target_linear and self.lora_target_modules:
             raise ConfigError(
                 "lora_target_linear (all of them) and lora_target_modules exclude each other; leave one out"
@@ -215,7 +220,7 @@ class FinetuneConfig(Config):
     def nf4_config(self) -> NF4Config | None:
         """None: the base is not quantized."""
         quantized = self.adapter == "qlora" if self.load_in_4bit is None else self.load_in_4bit
-        return NF4Config(double_quant=self.double_quant) if quantized else None
+        return NF4Config(double_quant=self.double_quant, embedding_bits=self.embedding_bits) if quantized else None
 
     @property
     def activation_checkpointing(self) -> Literal["none", "blocks", "offload"]:

@@ -82,6 +82,8 @@ def merge(published: Published, adapter: Adapter, *, base: MergeBase | None = No
         )
     else:
         notes.append("merged onto the original weights")
+    if adapter.rounding is not None and adapter.rounding.nf4.embedding_bits == 8:
+        notes.append("embedding and output projection are as in the base; in training they had 8 bits")
     for name, dtype in dtypes.items():
         if name in layers:
             tensors[name] = _with_delta(tensors[name], layers[name], dtype)

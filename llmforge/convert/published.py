@@ -19,12 +19,13 @@ from llmforge.convert.bitsandbytes import lazy_nf4, nf4_of
 from llmforge.convert.gpt2 import GPT2
 from llmforge.convert.llama import HFLlama, HFMistral, HFQwen2, HFQwen3
 from llmforge.errors import CheckpointError, ConfigError, ConvertError, some
-from llmforge.finetune.quantize import NF4Config, empty_linear4bit, quantizable
+from llmforge.finetune.quantize import NF4Config, embeddings, empty_linear4bit, in_8_bits, quantizable
 from llmforge.formats.lazy import LazyTensor
 from llmforge.models import LanguageModel
-from llmforge.nn import Linear4bit, PackedBitLinear
+from llmforge.nn import Embedding8bit, Int8Matrix, Linear4bit, Linear8bit, PackedBitLinear
 from llmforge.nn.lora import check_mergeable, lora_layers, saved_modules
 from llmforge.nn.replace import exchange_modules_
+from llmforge.quant.int8 import dequantize_int8_rows
 from llmforge.tokenizers import Tokenizer
 
 # The first that reads a file is taken: what asks for more than a name comes before what does not.
@@ -156,7 +157,7 @@ def account(family: Family, config: Any, tensors: Tensors, misfit: Exception) ->
 def publish(model: nn.Module) -> Published:
     """Account for every tensor of a model, which stays as it is.
 
-    Matrices in NF4 become the floats that they stand for, and active adapters are merged into the weights beside them.
+    Matrices in NF4, or in 8 bits, become the floats that they stand for, and active adapters are merged into the weights beside them.
 
     Raises:
         ConvertError: an unknown kind of model, a packed one, or a tensor too many or too few.
@@ -248,17 +249,20 @@ def assemble(
     tensor that is not stored by rows.
 
     Args:
-        quantize: make `Linear4bit` layers of those that `quantize_` would exchange, from the values in the file, whatever `dtype` is.
+        quantize: make the layers of 4 and of 8 bits that `quantize_` would, from the values in the file, whatever `dtype` is.
     Raises:
         CheckpointError: no such model can be, or a matrix to be quantized holds NaN or infinity.
     """
     misfit, device = CheckpointError("the model cannot be built"), torch.device(device)
     model = _blueprint(published.family, published.config, misfit)
     if quantize is not None:
-        layers = quantizable(model, quantize)
+        layers, tables = quantizable(model, quantize), embeddings(model, quantize)
         new: dict[nn.Module, nn.Module] = {
             layer: _linear4bit(f"{name}.weight", published, layer, quantize, device) for name, layer in layers.items()
         }
+        for tied in tables:
+            matrix = _int8_matrix(published.tensors, [f"{name}.weight" for name in tied], device)
+            new |= {module: in_8_bits(module, matrix, dtype) for module in tied.values()}
         exchange_modules_(model, new)
     for names in shared_names(model):
         parameter = nn.Parameter(_values(published.tensors[names[0]], dtype, device))
@@ -294,22 +298,61 @@ def _linear4bit(
         raise CheckpointError(f"{name}: {error}") from error
 
 
+def _int8_matrix(tensors: Tensors, names: list[str], device: torch.device) -> Int8Matrix:
+    """The matrix of one of these names in 8 bits; rounded on the device, some rows at a time."""
+    name = next(name for name in names if name in tensors)
+    rows, columns = tensors[name].shape
+    matrix, start = Int8Matrix(rows, columns, device=device), 0
+    if device.type == "meta":
+        return matrix
+    try:
+        for block in tensors[name].blocks():
+            matrix.set_rows(start, block)
+            start += len(block)
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    return matrix
+
+
 def _decoded(model: nn.Module, tensors: Tensors) -> tuple[Tensors, list[str]]:
     """The tensors of a state_dict with a matrix in the place of each layer's codes and scales, and what to say about it."""
-    layers = {
-        name: layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Linear4bit)
+    kinds = (Linear4bit, Embedding8bit, Linear8bit)
+    layers: dict[str, Any] = {
+        name: layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, kinds)
     }
     if not layers:
         return tensors, []
-    # The type of the embedding: the layer computes in the one of its input.
-    dtype = next(t.dtype for t in tensors.values() if len(t.shape) > 1 and t.dtype.is_floating_point)
-    tensors = dict(tensors)
-    for name, layer in layers.items():
-        for buffer in [key for key, value in layer.named_buffers() if value is not None]:
-            del tensors[f"{name}.{buffer}"]
-        tensors[f"{name}.weight"] = lazy_nf4(layer.nf4(), dtype)
-    note = f"the matrices of {len(layers)} linear layers were rounded to NF4 (4 bits) in memory, and are written as computed with"
-    return tensors, [note]
+    # The type of the embedding: the layers compute in the one of their input.
+    dtype = next((layer.dtype for layer in layers.values() if isinstance(layer, Embedding8bit)), None)
+    if dtype is None:
+        dtype = next(t.dtype for t in tensors.values() if len(t.shape) > 1 and t.dtype.is_floating_point)
+    owners = {f"{name}.{buffer}": name for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
+    plain: dict[str, LazyTensor] = {}
+    for key, tensor in tensors.items():  # in their order: the first matrix says which type others have
+        if key not in owners:
+            plain[key] = tensor
+        elif (name := f"{owners[key]}.weight") not in plain:
+            layer = layers[owners[key]]
+            plain[name] = lazy_nf4(layer.nf4(), dtype) if isinstance(layer, Linear4bit) else _lazy_int8(layer, dtype)
+    notes = []
+    if in_4 := sum(isinstance(layer, Linear4bit) for layer in layers.values()):
+        notes.append(
+            f"the matrices of {in_4} linear layers were rounded to NF4 (4 bits) in memory, and are written as computed with"
+        )
+    if in_8 := [name for name, layer in layers.items() if not isinstance(layer, Linear4bit)]:
+        names = " and ".join(name.removesuffix(".base") for name in in_8)
+        notes.append(f"in memory, {names} had 8 bits, and what is written is what was computed with")
+    return plain, notes
+
+
+def _lazy_int8(layer: Embedding8bit | Linear8bit, dtype: torch.dtype) -> LazyTensor:
+    """A matrix of 8 bits as one that is decoded when it is read."""
+    codes, scales = layer.matrix.codes, layer.matrix.scales
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        return dequantize_int8_rows(codes[start:stop], scales[start:stop], dtype=dtype)
+
+    return LazyTensor(tuple(codes.shape), dtype, partial(layer.dequantize, dtype), read_rows)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

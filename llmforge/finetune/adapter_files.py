@@ -42,6 +42,7 @@ from llmforge.finetune.quantize import NF4Config
 from llmforge.formats.atomic import atomic_folder
 from llmforge.formats.lazy import LazyTensor
 from llmforge.formats.safetensors import SINGLE_FILE, read_safetensors, write_safetensors
+from llmforge.nn.int8 import Embedding8bit, Linear8bit
 from llmforge.nn.linear4bit import Linear4bit
 from llmforge.nn.lora import LoRALinear, lora_layers, saved_modules
 from llmforge.tokenizers import Tokenizer
@@ -481,7 +482,13 @@ def rounding_of(model: nn.Module) -> Rounding | None:
     parts = {path.rpartition(".")[2] for path in rounded}
     # As they were given, if it was by last parts.
     skip = {path if path.rpartition(".")[2] in parts else path.rpartition(".")[2] for path in others}
-    nf4 = NF4Config(block_size=first.block_size, double_quant=first.double_quant, skip=tuple(sorted(skip)))
+    in_8_bits = any(isinstance(module, (Embedding8bit, Linear8bit)) for module in model.modules())
+    nf4 = NF4Config(
+        block_size=first.block_size,
+        double_quant=first.double_quant,
+        skip=tuple(sorted(skip)),
+        embedding_bits=8 if in_8_bits else 16,
+    )
     return Rounding(nf4, tuple(rounded))
 
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from llmforge.config import Config
 from llmforge.errors import ConfigError, shown, some
+from llmforge.nn.host import HostEmbedding, HostEmbedding8bit
+from llmforge.nn.int8 import Embedding8bit, Int8Matrix, Linear8bit
 from llmforge.nn.linear4bit import Linear4bit
 from llmforge.nn.lora import (
     LoRALinear,
@@ -26,6 +28,8 @@ from llmforge.nn.lora import (
 from llmforge.nn.replace import exchange_modules_
 
 ALL_LINEAR = "all-linear"
+
+_CODED = (Linear4bit, Linear8bit)  # layers whose matrix is codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,13 +168,14 @@ def targeted(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that an adapter can stand beside, in order: nn.Linear and its subclasses, `Linear4bit`, and what has an adapter."""
+    """The layers that an adapter can stand beside, in order: nn.Linear and its subclasses, `Linear4bit`, `Linear8bit`, and what
+    has an adapter."""
     # A matrix that its owner multiplies with itself, past the layer, would never see the adapter.
     aside = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
     return {
         name: module
         for name, module in _outer_modules(model)
-        if name and isinstance(module, (nn.Linear, Linear4bit, LoRALinear)) and not isinstance(module, aside)
+        if name and isinstance(module, (nn.Linear, *_CODED, LoRALinear)) and not isinstance(module, aside)
     }
 
 
@@ -244,11 +249,13 @@ def _check_savable(outer: Mapping[str, nn.Module], layers: Mapping[str, Any], sa
             raise ConfigError(
                 f"{path} cannot have an adapter (target_modules) and be trained whole (modules_to_save); choose"
             )
-        inside = [kind for kind in (Linear4bit, LoRALinear) if any(isinstance(m, kind) for m in module.modules())]
+        kinds = (*_CODED, Embedding8bit, LoRALinear)
+        inside = [kind for kind in kinds if any(isinstance(m, kind) for m in module.modules())]
         if inside:
+            of_8_bits = inside[0] in (Linear8bit, Embedding8bit)
             raise ConfigError(
                 f"{path} holds a {inside[0].__name__} and cannot be trained whole; leave it out of modules_to_save, or of the rounding "
-                "(NF4Config.skip)"
+                f"(NF4Config.{'embedding_bits=16' if of_8_bits else 'skip'})"
             )
         if not any(True for _ in module.parameters()):
             raise ConfigError(f"{path} has no parameters to train; leave it out of modules_to_save")
@@ -259,12 +266,12 @@ def _check_savable(outer: Mapping[str, nn.Module], layers: Mapping[str, Any], sa
 
 
 def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A model's modules by name, without what is inside of those that adapters brought."""
+    """A model's modules by name, without what is inside of those that adapters brought, or of 8 bits."""
     hidden: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(hidden) and hidden:
             continue
-        if isinstance(module, (LoRALinear, SavedModule)):
+        if isinstance(module, (LoRALinear, SavedModule, Embedding8bit, Linear8bit)):
             hidden += (f"{name}.",)
         yield name, module
 
@@ -361,12 +368,13 @@ def disabled_adapters(model: nn.Module) -> Iterator[None]:
 def merge_lora_(model: nn.Module, *, dtype: torch.dtype | None = None) -> list[str]:
     """Add the active adapters to the weights and put plain layers back; the model computes what it computed, up to rounding.
 
-    Every 4-bit layer becomes an nn.Linear, whether it has an adapter or not: nothing is rounded to 4 bits a second time. Adapters
+    Every 4-bit layer becomes an nn.Linear, whether it has an adapter or not: nothing is rounded to 4 bits a second time; embeddings
+    and output projections of 8 bits become plain ones, too. Adapters
     that are not active are lost. Where a tied output projection or embedding was trained, they are no longer tied, and the model's
     config says so. Parameters stay frozen.
 
     Args:
-        dtype: of what was in 4 bits; None = that of the model's other weights. Others keep theirs.
+        dtype: of what was in 4 or 8 bits; None = that of the model's other weights. Others keep theirs.
     Returns:
         the names of the layers exchanged.
     Raises:
@@ -383,15 +391,18 @@ def merge_lora_(model: nn.Module, *, dtype: torch.dtype | None = None) -> list[s
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
     dtype = dtype or _dtype_of(model)
+    decoded: dict[Int8Matrix, nn.Parameter] = {}
     names = []
     for path, module in list(_outer_modules(model)):
         new: nn.Module
-        if isinstance(module, LoRALinear):
-            base = module.base
+        base = module.base if isinstance(module, LoRALinear) and not module.active else module
+        if isinstance(base, (Embedding8bit, Linear8bit)):
+            new = _plain(base, dtype, decoded)
+        elif isinstance(module, LoRALinear):
             if not module.active and not isinstance(base, Linear4bit):
                 new = base
             else:
-                new = _linear(module.merged_weight(dtype if isinstance(base, Linear4bit) else None), base)
+                new = _linear(module.merged_weight(dtype if isinstance(module.base, _CODED) else None), module.base)
         elif isinstance(module, Linear4bit):
             new = _linear(dense_weight(module).to(dtype), module)
         elif isinstance(module, SavedModule):
@@ -482,6 +493,23 @@ def _linear(weight: torch.Tensor, base: nn.Module) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
     return linear
+
+
+def _plain(
+    module: Embedding8bit | Linear8bit, dtype: torch.dtype, decoded: dict[Int8Matrix, nn.Parameter]
+) -> nn.Module:
+    """A plain module with the matrix of one of 8 bits; modules with one matrix get one parameter."""
+    if module.matrix not in decoded:
+        decoded[module.matrix] = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+    weight = decoded[module.matrix]
+    if isinstance(module, HostEmbedding8bit):
+        return HostEmbedding(weight)
+    if isinstance(module, Linear8bit):
+        new: nn.Linear | nn.Embedding = _linear(weight, module)
+    else:
+        new = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
+    new.weight = weight
+    return new
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

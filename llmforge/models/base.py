@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from llmforge.config import Config
 from llmforge.errors import ConfigError, DataError
-from llmforge.nn import Checkpointing, Documents, HostEmbedding, KVCache, Linear4bit, PackedBitLinear
+from llmforge.nn import Checkpointing, Documents, FrozenCodes, HostEmbedding, KVCache, PackedBitLinear
 
 
 class ModelConfig(Config):
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module, ABC):
 
     def num_params(self) -> int:
         """Number of trainable, frozen, packed and offloaded weights, shared ones counted once."""
-        no_parameters = (HostEmbedding, Linear4bit, PackedBitLinear)
+        no_parameters = (FrozenCodes, HostEmbedding, PackedBitLinear)
         others = sum(m.num_weights for m in self.modules() if isinstance(m, no_parameters))
         return others + sum(p.numel() for p in self.parameters())
 

@@ -7,7 +7,9 @@ values, D head width, F feed-forward width, V vocabulary.
 from llmforge.nn.attention import attention_mask, causal_attention
 from llmforge.nn.bitlinear import BitLinear, bit_linears, check_ternary_width, constant_weights, set_quantization_
 from llmforge.nn.documents import Documents, document_backend
-from llmforge.nn.host import HostEmbedding, allocates_on_host, offload_embedding_
+from llmforge.nn.frozen_codes import FrozenCodes
+from llmforge.nn.host import HostEmbedding, HostEmbedding8bit, allocates_on_host, offload_embedding_
+from llmforge.nn.int8 import Embedding8bit, Int8Matrix, Linear8bit
 from llmforge.nn.kv_cache import KVCache, StaticKVCache
 from llmforge.nn.linear4bit import Linear4bit
 from llmforge.nn.mlp import SwiGLU
@@ -21,10 +23,15 @@ __all__ = [
     "BitLinear",
     "Checkpointing",
     "Documents",
+    "Embedding8bit",
+    "FrozenCodes",
     "HostEmbedding",
+    "HostEmbedding8bit",
+    "Int8Matrix",
     "KVCache",
     "LayerNorm",
     "Linear4bit",
+    "Linear8bit",
     "PackedBitLinear",
     "RMSNorm",
     "RopeScaling",

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmforge.errors import ConfigError
+from llmforge.nn.int8 import Embedding8bit, Int8Matrix
+from llmforge.quant.int8 import dequantize_int8_rows
 
 _on_host: ContextVar[bool] = ContextVar("on_host", default=False)
 
@@ -82,6 +84,32 @@ class HostEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
+class HostEmbedding8bit(Embedding8bit):
+    """An `Embedding8bit` whose table stays in host memory, wherever the model goes: codes of rows go to the device, and are decoded there.
+
+    Args:
+        matrix: (num_embeddings, embedding_dim), moved to the CPU.
+        dtype: of what it returns.
+    """
+
+    def __init__(self, matrix: Int8Matrix, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(matrix if matrix.codes.is_meta else matrix.cpu(), dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(...) ids -> (..., embedding_dim), on the device of the ids"""
+        with _host_memory():
+            codes, scales = self._rows(input.cpu())
+        device = input.device
+        return dequantize_int8_rows(to_device(codes, device), to_device(scales, device), dtype=self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HostEmbedding8bit":
+        sample = fn(self.matrix.scales.new_empty(0, dtype=self.dtype))
+        self.dtype = sample.dtype
+        if self.matrix.codes.is_meta and not sample.is_meta:
+            self.matrix.to_empty(device="cpu")
+        return self
+
+
 def offload_embedding_(model: nn.Module) -> list[str]:
     """Keep a model's token embedding in host memory from now on, frozen: a GPU then holds V * C weights less, and gets T rows per step.
 
@@ -90,7 +118,8 @@ def offload_embedding_(model: nn.Module) -> list[str]:
     Returns:
         the name of the embedding; nothing if it was there already.
     Raises:
-        ConfigError: the output projection is tied to it, or it is no plain nn.Embedding. Nothing is changed then.
+        ConfigError: the output projection is tied to it, or it is neither a plain nn.Embedding nor an `Embedding8bit`. Nothing is
+            changed then.
     """
     name: Any = getattr(model, "embedding_name", None)
     if name is None:
@@ -98,22 +127,27 @@ def offload_embedding_(model: nn.Module) -> list[str]:
             f"{type(model).__name__} does not say which its token embedding is; set embedding_name to its path"
         )
     embedding = model.get_submodule(name)
-    if isinstance(embedding, HostEmbedding):
+    if isinstance(embedding, (HostEmbedding, HostEmbedding8bit)):
         return []
-    if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+    of_8_bits = type(embedding) is Embedding8bit
+    if not of_8_bits and (type(embedding) is not nn.Embedding or embedding.max_norm is not None):
         raise ConfigError(
-            f"{name} is a {type(embedding).__name__}, and only a plain nn.Embedding can move to host memory"
+            f"{name} is a {type(embedding).__name__}, and only a plain nn.Embedding can move to host memory, or an Embedding8bit"
         )
-    shared = [
-        other
-        for other, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter is embedding.weight and other != f"{name}.weight"
-    ]
+    table: Any = embedding.matrix if of_8_bits else embedding.weight
+    held: Any = model.named_modules if of_8_bits else model.named_parameters
+    here = f"{name}.matrix" if of_8_bits else f"{name}.weight"
+    shared = [other for other, each in held(remove_duplicate=False) if each is table and other != here]
     if shared:
         raise ConfigError(
             f"{name} cannot move to host memory: {', '.join(shared)} is the same matrix, and the device computes with all of it; "
             "models with tie_word_embeddings keep it on the device"
         )
+    host: nn.Module
+    if isinstance(embedding, Embedding8bit):
+        host = HostEmbedding8bit(embedding.matrix, embedding.dtype)
+    else:
+        host = HostEmbedding(table)
     parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = HostEmbedding(embedding.weight).train(embedding.training)
+    model.get_submodule(parent)._modules[child] = host.train(embedding.training)
     return [name]

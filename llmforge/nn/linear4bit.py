@@ -3,7 +3,6 @@
 The matrix exists as floats only while it is multiplied, forward and, decoded again, backward: the autograd graph keeps codes.
 """
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from llmforge.nn.frozen_codes import FrozenCodes
 from llmforge.quant.dynamic8 import BLOCK_SIZE
 from llmforge.quant.nf4 import NF4Tensor, check_block_size, dequantize_nf4, quantize_nf4
 
@@ -24,7 +24,7 @@ class NF4Settings(Protocol):
     def double_quant(self) -> bool: ...
 
 
-class Linear4bit(nn.Module):
+class Linear4bit(FrozenCodes):
     """What nn.Linear computes with a matrix that was rounded to NF4; gradients go to the input and the bias, the matrix is frozen.
 
     Buffers: codes, absmax, nested_absmax, offset, as `quant.nf4.NF4Tensor` says; their types stay, whatever the model is cast to. It
@@ -129,16 +129,6 @@ class Linear4bit(nn.Module):
     def num_weights(self) -> int:
         """How many weights the codes stand for; the bias is a parameter."""
         return self.in_features * self.out_features
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Codes and scales move, but are not cast: bfloat16 scales would be another matrix."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, was in before.items():
-            now = self._buffers[name]
-            if was is not None and now is not None and now.dtype != was.dtype:
-                self._buffers[name] = was.to(now.device)
-        return self
 
     def extra_repr(self) -> str:
         return (
