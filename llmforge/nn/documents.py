@@ -138,6 +138,8 @@ class Documents:
                 f"varlen attention needs a CUDA device with FlashAttention, torch 2.10, a 16-bit dtype and no dropout; this is "
                 f"{q.device}, torch {torch.__version__}, {q.dtype}, dropout {dropout}; use 'mask' or 'loop'"
             )
+        if backend is None and len(self.lengths) == len(q):  # each row is one document: no mask of T x T, and no loop
+            return self._one(q, k, v, dropout=dropout)
         if backend is None:
             backend = "varlen" if has_varlen else "loop" if self._pack.loop_is_cheaper else "mask"
         if backend == "mask":
@@ -153,7 +155,7 @@ class Documents:
         return rearrange(torch.cat(found, dim=2), "1 H (B T) D -> B H T D", B=B)
 
     def _one(self, q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:
-        """Attention of one document alone."""
+        """Attention of rows that are one document each."""
         T, mask = q.shape[2], None
         if self.window is not None and self.window < T:
             mask = attention_mask(T, T, window=self.window, device=q.device)
