@@ -85,7 +85,8 @@ def test_a_run_does_not_begin_in_the_folder_of_a_model_or_of_another_run(base, d
     for out, why in ((model, "holds a model (config.json)"), (file, "is a file")):
         assert finetune(model, data, "--steps", 1, "--out", out) == 2
         printed = capsys.readouterr()
-        assert why in printed.err and "examples" not in printed.out  # nothing was read before
+        assert why in printed.err
+        assert "examples" not in printed.out  # nothing was read before
     assert sorted(entry.name for entry in model.iterdir()) == sorted(entry.name for entry in base.iterdir())
     lf.load(model)
 

@@ -354,6 +354,36 @@ def test_an_adapter_of_another_model_is_refused_with_what_does_not_fit(tmp_path)
         open_model(tmp_path / "a" / "adapter")
 
 
+def test_an_adapter_is_not_added_twice_and_another_base_is_said(tmp_path):
+    tuned(tmp_path / "one", nf4=False)
+    tuned(tmp_path / "other", nf4=False)
+    adapter = tmp_path / "one" / "adapter"
+    with pytest.raises(ConfigError, match="the adapter itself, which would be added twice"):
+        open_model(adapter, adapter=adapter)
+    said = [
+        any("trained on ../base" in note for note in open_model(tmp_path / name / "base", adapter=adapter)[0].notes)
+        for name in ("one", "other")
+    ]
+    assert said == [False, True]
+    (tmp_path / "one" / "base").rename(tmp_path / "moved")  # it may be the one, under its new name
+    assert not any("trained on" in note for note in open_model(tmp_path / "moved", adapter=adapter)[0].notes)
+
+
+def test_nothing_is_written_over_what_it_is_made_from(tmp_path, tokenizer, capsys):
+    tuned(tmp_path, nf4=False, tokenizer=tokenizer, vocab_size=tokenizer.vocab_size)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for arguments in (
+        ["merge", base, adapter, "--out", base, "--overwrite"],
+        ["export", base, "--adapter", adapter, "--gguf", base / "model.safetensors"],
+        ["export", base, "--adapter", adapter, "--gguf", adapter / "adapter_model.safetensors"],
+        ["export", base, "--adapter", adapter, "--adapter-gguf", base / "model.safetensors"],
+    ):
+        assert main([*map(str, arguments)]) == 2
+        assert "where the model is read from" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
 @pytest.mark.parametrize("base", ["../nowhere", "", None, "/no/such/folder", "a\0b", "../adapter", "x" * 5000])
 def test_a_base_that_is_not_there_ends_in_how_to_give_it(tmp_path, monkeypatch, base):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

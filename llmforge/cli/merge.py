@@ -74,5 +74,5 @@ def _compare(args: argparse.Namespace) -> None:
     else:
         text = "".join(read_text(args.compare))
     ids = torch.tensor(tokenizer.encode(text[:100_000]))
-    for way, nats in merge_divergence(args.base, args.adapter, ids).items():
+    for way, nats in merge_divergence(args.base, args.adapter, ids, revision=args.revision).items():
         print(f"KL(trained || merged onto {way})  {max(nats, 0.0):.6f} nats per token")

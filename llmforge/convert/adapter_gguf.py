@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llmforge.convert.base import Family, Tensors
 from llmforge.convert.llama import reordered, to_neighbours
 from llmforge.convert.load import source
-from llmforge.convert.published import ExportReport, Published
+from llmforge.convert.published import ExportReport, Published, check_not_its_own
 from llmforge.errors import ConvertError, some
 from llmforge.finetune.adapter_files import LoRATensors, read_adapter
 from llmforge.formats.gguf import GGUFTensor, write_gguf
@@ -59,6 +59,7 @@ def export_adapter_gguf(
             "instead"
         )
     published, _ = source(base, None)
+    check_not_its_own(published, path)
     family, config = published.family, published.config
     alpha = Counter(layer.scale * layer.A.shape[0] for layer in adapter.layers.values()).most_common(1)[0][0]
     below: Tensors = {}  # A, under the base's names

@@ -84,7 +84,28 @@ def open_model(
     published, tokenizer = _open(found, merge_base, ())
     if adapter is None:
         return published, tokenizer
-    return _with_adapter(published, tokenizer, find_adapter(adapter), merge_base)
+    folder = find_adapter(adapter)
+    if found.resolve() == folder.resolve():
+        raise ConfigError(
+            f"{path} is the adapter itself, which would be added twice; give the model that it was trained on"
+        )
+    published, tokenizer = _with_adapter(published, tokenizer, folder, merge_base)
+    if (other := _other_base(found, folder)) is not None:
+        note = f"the adapter was trained on {other}, and is merged onto {found}: that must be the same model"
+        published = replace(published, notes=[*published.notes, note])
+    return published, tokenizer
+
+
+def _other_base(base: Path, adapter: Path) -> str | None:
+    """What an adapter names as its base, where that is a model on this disk, and another one than `base`."""
+    name = read_adapter(adapter).base_model
+    if not name:
+        return None
+    try:
+        here = next((place for place in (adapter / name, Path(name)) if place.exists()), None)
+        return None if here is None or find_model(here).resolve() == base.resolve() else name
+    except (CheckpointError, OSError, ValueError):  # as in `_base_of`
+        return None
 
 
 def find_adapter(path: str | os.PathLike[str]) -> Path:

@@ -21,6 +21,7 @@ def merge_divergence(
     adapter: str | os.PathLike[str],
     ids: Tensor,
     *,
+    revision: str | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[MergeBase, float]:
     """KL(trained || merged) in nats per token, of merges onto the original weights and onto those rounded to NF4.
@@ -28,7 +29,7 @@ def merge_divergence(
     The trained model is the base as the training saw it, in NF4 where the adapter says so, and the adapter beside it in floats.
 
     Args:
-        base, adapter: as of `open_model`.
+        base, adapter, revision: as of `open_model`.
         ids: (T) int64, of text that was not trained on; cut into windows of the model's context. Of a large vocabulary only the
             first tokens are taken, whose logits fill a gigabyte.
     Raises:
@@ -37,7 +38,7 @@ def merge_divergence(
     """
     if ids.numel() < 2:
         raise DataError(f"the text has {ids.numel()} tokens; 2 are needed to compare models, some hundred are better")
-    published, _ = open_model(base)
+    published, _ = open_model(base, revision=revision)
     model = assemble(published, device=device)
     folder = find_adapter(adapter)
     rounding = read_adapter(folder).rounding
@@ -49,7 +50,7 @@ def merge_divergence(
     del model
     divergences: dict[MergeBase, float] = {}
     for way in MERGE_BASES:
-        published, _ = open_model(base, adapter=adapter, merge_base=way)
+        published, _ = open_model(base, revision=revision, adapter=adapter, merge_base=way)
         merged = _log_probs(assemble(published, device=device), ids)
         divergences[way] = (trained.exp() * (trained - merged)).sum(-1).mean(dtype=torch.float64).item()
     return divergences

@@ -79,6 +79,20 @@ class Published:
         return length
 
 
+def check_not_its_own(published: Published, path: Path) -> None:
+    """Refuse to write over what the model is read from, be it a file or a folder.
+
+    Raises:
+        ConvertError: with the file.
+    """
+    target = path.resolve()
+    own = next((file for file in published.files if target in (file.resolve(), file.parent.resolve())), None)
+    if own is not None:
+        raise ConvertError(
+            f"{path} is where the model is read from ({own.name}), and would be lost; name another place"
+        )
+
+
 def inputs_of(published: Published, **options: object) -> dict[str, Any] | None:
     """What a file made of this model depends on, so that an export that was killed can go on; None for a model in memory.
 

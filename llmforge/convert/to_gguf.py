@@ -15,7 +15,7 @@ from llmforge.convert.base import Family
 from llmforge.convert.imatrix import Importance
 from llmforge.convert.load import source
 from llmforge.convert.mixture import FILE_TYPES, Mixture, choose_types
-from llmforge.convert.published import ExportReport, Published, inputs_of, prepare, publish
+from llmforge.convert.published import ExportReport, Published, check_not_its_own, inputs_of, prepare, publish
 from llmforge.errors import ConvertError, some
 from llmforge.formats.gguf import GGUFTensor, write_gguf
 from llmforge.nn.rounded import rounded_weights
@@ -59,6 +59,7 @@ def export_gguf(
     published, tokenizer = source(model_or_folder, tokenizer)
     if tokenizer is None:
         raise ConvertError("a GGUF file contains the tokenizer; give the one that the model was trained with")
+    check_not_its_own(published, path)
     vocabulary = tokenizer.gguf_vocabulary()
     published = prepare(published, tokenizer)
     family = published.family

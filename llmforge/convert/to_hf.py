@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmforge.convert.base import Tensors
 from llmforge.convert.load import source
-from llmforge.convert.published import ExportReport, Published, inputs_of, prepare, read_config
+from llmforge.convert.published import ExportReport, Published, check_not_its_own, inputs_of, prepare, read_config
 from llmforge.errors import ConvertError
 from llmforge.formats.atomic import resumable_folder
 from llmforge.formats.safetensors import write_safetensors
@@ -64,6 +64,7 @@ def export_hf(
     if overwrite and folder.is_dir() and any(folder.iterdir()) and not _is_hf_folder(folder):
         raise ConvertError(f"{folder} is not a Hugging Face folder, so it is not replaced; name another one")
     published, tokenizer = source(model_or_folder, tokenizer)
+    check_not_its_own(published, folder)
     published = prepare(published, tokenizer)
     n_params = published.num_params
     if dtype is None:
