@@ -546,6 +546,47 @@ def test_out_of_memory_says_what_to_change_and_loses_nothing(tmp_path):
     assert same(weights(resumed.model), weights(reference.model))
 
 
+def test_out_of_memory_in_the_evaluation_loses_nothing(tmp_path):
+    trainer = toy_trainer(tmp_path / "run", eval_every_steps=4, save_every_steps=None)
+    loss_fn, trainer.loss_fn = (
+        trainer.loss_fn,
+        lambda model, batch: loss_fn(model, batch) if model.training else runs_out_of_memory_in(0)(model, batch),
+    )
+    with pytest.raises(OutOfMemoryError, match=r"in the evaluation after step 4 on cpu .*step-000004 holds"):
+        trainer.train(progress=False)
+    assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-000004"]
+
+
+def test_weights_of_half_a_step_are_not_saved(tmp_path):
+    class Torn(torch.optim.SGD):
+        def step(self, closure=None):
+            if self.param_groups[0]["params"][0].sum() != start:  # the second step
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            super().step(closure)
+
+    model = toy_model()
+    optimizer = Torn(model.parameters(), lr=0.1)
+    start = optimizer.param_groups[0]["params"][0].sum()
+    config = toy_trainer(tmp_path / "run", eval_every_steps=None, save_every_steps=None).config.replace(warmup_steps=0)
+    trainer = Trainer(model, toy_data()[0], config=config, optimizer=optimizer)
+    with pytest.raises(
+        OutOfMemoryError, match="step 2 on cpu .* some weights have changed already: go on from a checkpoint; try"
+    ):
+        trainer.train(progress=False)
+    assert list_checkpoints(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(("first", "then"), [("adamw8bit", "adamw"), ("adamw", "adamw8bit")])
+def test_a_run_does_not_go_on_with_another_optimizer(first, then, tmp_path):
+    trainer = toy_trainer(tmp_path / "run", optimizer=first, eval_every_steps=None)
+    next(trainer)
+    trainer.save()
+    with pytest.raises(
+        CheckpointError, match=f"the state of the optimizer '{first}', with which '{then}' cannot go on"
+    ):
+        toy_trainer(tmp_path / "run", optimizer=then, eval_every_steps=None).resume()
+
+
 def test_another_runtime_error_is_not_taken_for_out_of_memory():
     def loss_fn(model, batch):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -35,7 +35,7 @@ def what_would_fit(config: TrainConfig, *, seq_len: int, can_checkpoint: bool) -
     elif can_checkpoint and config.activation_checkpointing == "blocks":
         ways.append("activation_checkpointing=offload (the same step, block inputs in the host's memory)")
     if config.optimizer == "adamw":
-        ways.append("optimizer=adamw8bit (a quarter of the optimizer's memory)")
+        ways.append("optimizer=adamw8bit (a quarter of the optimizer's memory, in a new run)")
     if seq_len > 1:
         ways.append(f"seq_len={max(1, seq_len // 2)} (shorter contexts)")
     return ", or ".join(ways[:3])

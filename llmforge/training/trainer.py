@@ -105,6 +105,7 @@ class Trainer:
         self.seq_len: int = seq_len
         self.out_dir = Path(config.out_dir) if config.out_dir is not None else None
         self.step = 0  # steps done
+        self._is_torn = False  # an optimizer step was begun and not finished
         self.last_eval: EvalMetrics | None = None
         self._params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._weight_decays = [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
@@ -169,11 +170,18 @@ class Trainer:
             # The gradient so far is that of loss_sum / num_tokens; what is wanted is the mean over the targets.
             num_targets = num_targets.clamp(min=1)
             grad_norm = self._rescale_and_clip_gradients(num_tokens / num_targets)
-            self.scaler.step(self.optimizer)  # its state is allocated in the first step, before any weight changes
+            self._is_torn = True
+            self.scaler.step(self.optimizer)
+            self._is_torn = False
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise self._out_of_memory(error) from error
+            outcome = (
+                "some weights have changed already: go on from a checkpoint"
+                if self._is_torn
+                else "the step was not done"
+            )
+            raise self._out_of_memory(error, f"step {self.step + 1}", f", and {outcome}") from error
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -201,15 +209,13 @@ class Trainer:
             num_targets += micro_targets
         return loss_sum, num_targets
 
-    def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
-        """What to tell the user; weights and optimizer are those of the last step that was done."""
+    def _out_of_memory(self, error: BaseException, where: str, outcome: str = "") -> OutOfMemoryError:
+        """What to tell the user."""
         self.optimizer.zero_grad(set_to_none=True)
         can_checkpoint = hasattr(self.model, "set_activation_checkpointing")
         ways = what_would_fit(self.config, seq_len=self.seq_len, can_checkpoint=can_checkpoint)
         reason = str(error).partition(". ")[0]
-        return OutOfMemoryError(
-            f"out of memory in step {self.step + 1} on {self.device} ({reason}), and the step was not done; try {ways}"
-        )
+        return OutOfMemoryError(f"out of memory in {where} on {self.device} ({reason}){outcome}; try {ways}")
 
     def _rescale_and_clip_gradients(self, factor: Tensor) -> Tensor:
         """Multiply all gradients by `factor`, clip their global norm, and return the norm before clipping."""
@@ -260,6 +266,10 @@ class Trainer:
                     micro_sum, micro_targets = self.loss_fn(self.model, [part.to(self.device) for part in batch])
                 loss_sum += micro_sum.item()
                 num_targets += int(micro_targets)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(error, f"the evaluation after step {self.step}") from error
         finally:
             self.model.train(was_training)
         self.last_eval = EvalMetrics(
@@ -323,6 +333,12 @@ class Trainer:
         if list_checkpoints(path):
             path = find_checkpoint(path)
         state = load_state(path, self.model, model_files=self.model_files)
+        before, now = str(state.settings.get("optimizer", "adamw")), self.config.optimizer
+        if ("8bit" in before) != ("8bit" in now):
+            raise CheckpointError(
+                f"{path} holds the state of the optimizer {before!r}, with which {now!r} cannot go on; resume with the one that the run "
+                "began with"
+            )
         self._warn_of_differences(state)
         try:
             self.optimizer.load_state_dict(state.optimizer)
@@ -399,7 +415,7 @@ class Trainer:
                     if stop.requested:
                         break
         except OutOfMemoryError as error:
-            if self.out_dir is None or self.step == first_step:
+            if self.out_dir is None or self.step == first_step or self._is_torn:
                 raise
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
