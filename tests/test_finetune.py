@@ -213,6 +213,8 @@ def test_auto_fit_takes_the_cheapest_way(base, data, tmp_path, capsys):
         (["{base}", "{data}", "--gpu-gb", "12"], "--gpu-gb says for which GPU"),
         (["--resume", "nowhere"], "nowhere is not a run folder"),
         (["--resume", "nowhere", "--qlora"], "leave out qlora"),
+        (["--resume", "nowhere", "--skip-bad"], "leave out skip_bad"),
+        (["{base}", "{data}", "--set", "lora_r=1000000000000000"], "out of memory before the first step"),
         (["missing.yaml"], "cannot read missing.yaml"),
     ],
     ids=str,
@@ -256,6 +258,44 @@ def test_examples_that_are_too_long_are_counted(base, data, tmp_path, capsys):
     assert finetune(*arguments, "--out", tmp_path / "stop", "--set", "excess_length_strategy=raise") == 2
     assert "longer" in capsys.readouterr().err
     assert not (tmp_path / "stop").exists()
+
+
+def test_an_example_alone_is_held_out_by_nobody(base, data, capsys):
+    data.write_text(json.dumps(RECORDS[0]), encoding="utf-8")
+    assert finetune(base, data, "--preview") == 2
+    assert "--set val_set_size=0 holds out none" in capsys.readouterr().err
+
+
+def test_a_run_whose_base_has_moved_goes_on_with_it(base, data, tmp_path, capsys):
+    there, run = tmp_path / "there", tmp_path / "run"
+    shutil.copytree(base, tmp_path / "here")
+    assert finetune(tmp_path / "here", data, "--out", run, "--steps", 1, "--seq-len", 192) == 0
+    (tmp_path / "here").rename(there)
+    assert finetune("--resume", run, "--steps", 2) == 2
+    assert "here does not exist" in (error := capsys.readouterr().err)
+    assert "--set base_model=THERE" in error
+    assert finetune("--resume", run, "--steps", 2, "--set", f"base_model={there}") == 0
+    assert [folder.name for folder in list_checkpoints(run)][-1] == "step-000002"
+
+
+def test_out_of_memory_is_said_in_the_words_of_the_settings(base, data, tmp_path, capsys, monkeypatch):
+    def full(model, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("llmforge.training.chunked_next_token_loss", full)
+    for changes, words in (
+        (["micro_batch_size=2"], "micro_batch_size=1 with gradient_accumulation_steps=2"),
+        (["gradient_checkpointing=false"], "gradient_checkpointing=true"),
+        (
+            [],
+            "gradient_checkpointing=offload (the same step, block inputs in the host's memory), or optimizer=adamw_8bit",
+        ),
+    ):
+        settings = [word for change in changes for word in ("--set", change)]
+        assert finetune(base, data, "--out", tmp_path / "run", "--seq-len", 192, *settings) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert "--auto-fit saves it" in error
 
 
 def test_resuming_with_the_other_command_is_explained(base, data, tmp_path, capsys):

@@ -140,6 +140,9 @@ def test_which_bases_are_quantized():
         (dict(evals_per_epoch=0), r"evals_per_epoch \(0\) must be at least 1; leave it out"),
         (dict(num_epochs=0), r"num_epochs \(0.0\) must be above 0"),
         (dict(val_set_size=-1), "val_set_size .* must be a fraction below 1, or a whole number"),
+        (dict(num_epochs=float("inf")), r"num_epochs \(inf\) must be above 0"),
+        (dict(val_set_size=float("inf")), "val_set_size .* must be a fraction below 1, or a whole number"),
+        (dict(val_set_size=float("nan")), "val_set_size .* must be a fraction below 1, or a whole number"),
         (dict(val_set_size=1.5), "val_set_size .* must be a fraction below 1, or a whole number"),
         (dict(warmup_ratio=2.0), r"warmup_ratio \(2.0\) must be at least 0 and below 1"),
         (dict(optimizer="lion"), "unknown optimizer 'lion'; known: adamw"),
@@ -155,6 +158,26 @@ def test_which_bases_are_quantized():
 def test_a_bad_setting_is_refused_with_value_and_rule(changes, message):
     with pytest.raises(ConfigError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        (dict(), None),
+        (dict(bf16="auto", fp16=False), None),
+        (dict(bf16=True), "bfloat16"),
+        (dict(bf16=False, fp16=True), "float16"),
+        (dict(bf16=False, fp16=False), "float32"),
+    ],
+    ids=str,
+)
+def test_the_arithmetic_is_the_one_that_was_asked_for(changes, dtype):
+    assert config(**changes).train_config(10, context_length=64).dtype == dtype
+
+
+def test_a_key_that_is_no_text_is_refused():
+    with pytest.raises(ConfigError, match="the key 1 is no text"):
+        read_axolotl({**LEAST, 1: 2})
 
 
 def test_an_unknown_key_is_named_and_does_not_stop_the_run():

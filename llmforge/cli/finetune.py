@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmforge.cli.program import program
-from llmforge.errors import CheckpointError, ConfigError, OutOfMemoryError
+from llmforge.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from llmforge.cli.finetune_config import FinetuneConfig
@@ -26,6 +26,17 @@ EXAMPLES = """examples:
   llmforge finetune config.yaml --set learning_rate=1e-4 --auto-fit    change some; save memory until it fits this GPU
   llmforge finetune --resume runs/tutor                                go on after Ctrl-C, a crash or a power cut
 """
+
+
+_WHAT_FITS = "--dry-run lists what needs the memory, --auto-fit saves it"
+# The trainer's settings, as they are called here.
+_OUR_WORDS = {
+    "grad_accum_steps=": "gradient_accumulation_steps=",
+    "activation_checkpointing=blocks": "gradient_checkpointing=true",
+    "activation_checkpointing=offload": "gradient_checkpointing=offload",
+    "optimizer=adamw8bit": "optimizer=adamw_8bit",
+    "seq_len=": "sequence_len=",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,10 +93,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from llmforge.convert import open_model
     from llmforge.training.checkpoint import check_new_run
+    from llmforge.training.out_of_memory import is_out_of_memory
 
     if args.resume is None and not (args.preview or args.dry_run):
         check_new_run(Path(config.output_dir))  # before minutes of loading
-    published, tokenizer = open_model(config.base_model)
+    try:
+        published, tokenizer = open_model(config.base_model)
+    except CheckpointError as error:
+        if args.resume is None:
+            raise
+        raise CheckpointError(f"{error}. If the base of the run is elsewhere now: --set base_model=THERE") from error
     if tokenizer is None:
         raise ConfigError(f"{config.base_model} has no tokenizer files; put its tokenizer.json beside the weights")
     context = published.context_length
@@ -99,7 +116,13 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             return 0
     _describe_data(train_data, val_data, min(config.sequence_len, context))
-    trainer = _build_trainer(config, train_data, val_data, context_length=context)
+    try:
+        trainer = _build_trainer(config, train_data, val_data, context_length=context)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition(". ")[0]
+        raise OutOfMemoryError(f"out of memory before the first step ({reason}); {_WHAT_FITS}") from error
     if args.resume is not None and not trainer.resume():
         print(f"{trainer.out_dir} has no checkpoint yet: starting from the beginning", file=sys.stderr)
     return _train(trainer, config)
@@ -193,7 +216,8 @@ def _resumed(args: argparse.Namespace) -> "FinetuneConfig":
 
     names = ("base", "out", "type", "template", "epochs", "seq_len")
     given = [name for name in names if getattr(args, name) is not None]
-    given += [name for name in ("lora", "qlora", "full", "preview", "dry_run", "auto_fit") if getattr(args, name)]
+    switches = ("lora", "qlora", "full", "skip_bad", "preview", "dry_run", "auto_fit")
+    given += [name for name in switches if getattr(args, name)]
     if given:
         raise ConfigError(
             f"--resume continues a run as it was: leave out {', '.join(given)}; settings change with --set"
@@ -227,7 +251,10 @@ def _data(config: "FinetuneConfig", tokenizer: "Tokenizer") -> "tuple[Instructio
     size = config.val_set_size
     if not size:
         return data, None
-    return data.split(val_fraction=size) if size < 1 else data.split(val_size=int(size))
+    try:
+        return data.split(val_fraction=size) if size < 1 else data.split(val_size=int(size))
+    except (ConfigError, DataError) as error:
+        raise DataError(f"{error}; --set val_set_size=0 holds out none") from error
 
 
 def _describe_data(train_data: "InstructionDataset", val_data: "InstructionDataset | None", seq_len: int) -> None:
@@ -325,13 +352,17 @@ def _train(trainer: "Trainer", config: "FinetuneConfig") -> int:
     """Run the trainer, say what to type next, and return the exit code."""
     from llmforge.cli.train import run_trainer, stopped
 
-    before = trainer.evaluate().loss if trainer.val_data is not None and trainer.step == 0 else None
-    if before is not None:
-        print(f"held out loss {before:.4f} before training")
+    before = None
     try:
+        if trainer.val_data is not None and trainer.step == 0:
+            before = trainer.evaluate().loss
+            print(f"held out loss {before:.4f} before training")
         result = run_trainer(trainer, config, command="finetune")
     except OutOfMemoryError as error:
-        raise OutOfMemoryError(f"{error}; --dry-run lists what needs the memory, --auto-fit saves it") from error
+        said = str(error)
+        for theirs, ours in _OUR_WORDS.items():
+            said = said.replace(theirs, ours)
+        raise OutOfMemoryError(f"{said}; {_WHAT_FITS}") from error
     if result.stopped_by is not None:
         return stopped(result, trainer, command="finetune")
     run = Path(config.output_dir)

@@ -1,5 +1,6 @@
 """FinetuneConfig: a tuning run in the words that Axolotl's users have, so that their YAML files run as they stand."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -115,8 +116,8 @@ class FinetuneConfig(Config):
     max_grad_norm: float | None = 1.0
     seed: int = 42
 
-    bf16: bool | Literal["auto"] | None = "auto"  # arithmetic in bfloat16; auto = on GPUs that have it
-    fp16: bool | None = None
+    bf16: bool | Literal["auto"] | None = "auto"  # arithmetic in bfloat16; auto = on GPUs that have it, false = float32
+    fp16: bool | None = None  # in float16
     gradient_checkpointing: bool | Literal["offload"] = True
     activation_offloading: bool = False  # same as gradient_checkpointing: offload
     tiled_mlp: bool = False  # feed-forward of long sequences in pieces
@@ -179,9 +180,9 @@ class FinetuneConfig(Config):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} ({value}) must be at least 1; leave it out for the default")
-        if not self.num_epochs > 0:
+        if not 0 < self.num_epochs < math.inf:
             raise ConfigError(f"num_epochs ({self.num_epochs}) must be above 0")
-        if self.val_set_size < 0 or (self.val_set_size >= 1 and self.val_set_size != int(self.val_set_size)):
+        if not (0 <= self.val_set_size < 1 or (self.val_set_size >= 1 and self.val_set_size.is_integer())):
             raise ConfigError(
                 f"val_set_size ({self.val_set_size}) must be a fraction below 1, or a whole number of examples"
             )
@@ -243,9 +244,11 @@ class FinetuneConfig(Config):
         per_epoch = max(1, round(num_sequences / rows))
         steps = self.max_steps or max(1, round(self.num_epochs * num_sequences / rows))
         warmup = round((0.03 if self.warmup_ratio is None else self.warmup_ratio) * steps)
-        dtype: Literal["bfloat16", "float16"] | None = (
-            "bfloat16" if self.bf16 is True else "float16" if self.fp16 else None
-        )
+        dtype: Literal["bfloat16", "float16", "float32"] | None = None
+        if self.bf16 is True or self.fp16:
+            dtype = "bfloat16" if self.bf16 is True else "float16"
+        elif self.bf16 is False:
+            dtype = "float32"
         return TrainConfig(
             max_steps=steps,
             micro_batch_size=self.micro_batch_size,
@@ -375,6 +378,8 @@ def read_axolotl(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     known: dict[str, Any] = {}
     notes, unknown = [], []
     for key, value in values.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"the key {shown(key)} is no text; write it in quotes if it is meant as one")
         if key in own:
             # An empty value is the default, as in Axolotl; None is a value of its own for these two.
             if value is not None or key in ("adapter", "max_grad_norm"):
