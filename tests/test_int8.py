@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmforge import generate
-from llmforge.cli.dry_run import dry_run
+from llmforge.cli.dry_run import dry_run, profile_run
 from llmforge.cli.finetune_config import FinetuneConfig
 from llmforge.convert import export_hf, load
 from llmforge.convert.published import publish
@@ -457,6 +457,22 @@ def test_a_dry_run_shows_the_bytes_that_8_bits_save():
     assert on_host.items[EMBEDDINGS] == 4096 * (C + 4)
     tied = dry_run(config.replace(tie_word_embeddings=True), nf4=IN_8, lora=LoRAConfig(r=4), plan=plan)
     assert tied.items[EMBEDDINGS] == 4096 * (C + 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_dry_run_needs_what_the_run_does(dtype, on_host, monkeypatch):
+    monkeypatch.setattr(int8, "_SLICE_WEIGHTS", 300 * C)  # of 1024 rows: the logits of the run are those of many slices
+    config = LlamaConfig(**{**LLAMA, "vocab_size": 1024})
+    plan = MemoryPlan(seq_len=64, embedding_on_host=on_host, activation_checkpointing="offload")
+    fake, real = (
+        profile_run(
+            config, nf4=IN_8, lora=LoRAConfig(r=4), plan=plan, dtype=dtype, device_type="cpu", fake=fake
+        ).estimate
+        for fake in (True, False)
+    )
+    assert 0 <= real.peak_bytes - fake.peak_bytes <= 8192  # tables of codes, see `dynamic8`
+    assert fake.host_bytes == real.host_bytes
 
 
 def test_a_tuning_run_asks_for_8_bits_beside_4_alone():

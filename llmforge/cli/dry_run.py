@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -341,7 +342,8 @@ def _documents(on_cuda: bool) -> Callable[..., Any]:
 
 @contextmanager
 def _nothing_to_decode(on_cuda: bool) -> "Iterator[None]":
-    """4-bit layers that only allocate what decoding does, and tables without values: most of the operations of a step would be theirs."""
+    """Layers of 4 and 8 bits that only allocate what decoding does, and tables without values: most of the operations of a step would be
+    theirs."""
     import torch
 
     from llmforge.quant import nf4
@@ -362,7 +364,14 @@ def _nothing_to_decode(on_cuda: bool) -> "Iterator[None]":
     ) -> "tuple[Tensor, Tensor]":  # of 8-bit codes: values would make them slow
         return values.new_empty(256, dtype=torch.float32), values.new_empty(255, dtype=torch.float32)
 
+    int8 = importlib.import_module("llmforge.nn.int8")
+    slices = int8._slices
+
+    def first_slice(codes: "Tensor") -> "Iterator[slice]":  # no other needs more memory
+        return itertools.islice(slices(codes), 1)
+
     with (
+        _replaced(int8, "_slices", first_slice),
         _replaced(importlib.import_module("llmforge.nn.linear4bit"), "dequantize_nf4", allocate),
         _replaced(importlib.import_module("llmforge.quant.dynamic8"), "_tables_for", tables),
     ):
