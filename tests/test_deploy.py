@@ -706,6 +706,8 @@ def test_files_that_are_no_whole_gguf_are_refused(home, tmp_path):
         deploy_gguf(tmp_path / "none.gguf", tmp_path / "out")
     with pytest.raises(ConfigError, match="one of 3 parts"):
         deploy_gguf(gguf(tmp_path / "part.gguf", **{"split.count": 3}), tmp_path / "out")
+    with pytest.raises(ConfigError, match="one of 3 parts"):
+        deploy_gguf(gguf(tmp_path / "odd.gguf", **{"split.count": "3"}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -187,6 +187,15 @@ def test_dry_run_says_what_a_run_needs_and_what_makes_it_fit(capsys, tmp_path, m
     assert "--auto-fit takes it, or --set offload_embedding=true" in does_not
 
 
+def test_a_dry_run_counts_in_the_arithmetic_that_was_asked_for(base, data, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("llmforge.cli.dry_run.dry_run", lambda *_, dtype, **__: seen.append(dtype))
+    for settings in ([], ["--set", "bf16=false"], ["--set", "bf16=true"]):
+        with pytest.raises(AttributeError):  # there is no estimate
+            finetune(base, data, "--dry-run", "--gpu-gb", 12, *settings)
+    assert seen == [None, torch.float32, torch.bfloat16]
+
+
 def test_auto_fit_takes_the_cheapest_way(base, data, tmp_path, capsys):
     arguments = ["--qlora", "--steps", 1, "--seq-len", 192, "--set", "micro_batch_size=8", "--gpu-gb", 0.5]
     assert finetune(base, data, *arguments, "--auto-fit", "--out", tmp_path / "run") == 0

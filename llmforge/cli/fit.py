@@ -31,6 +31,8 @@ def fitted(
     Raises:
         OutOfMemoryError: `change`, and nothing fits.
     """
+    import torch
+
     from llmforge.cli.dry_run import dry_run
     from llmforge.finetune.memory import GPU, fit
 
@@ -45,6 +47,7 @@ def fitted(
             nf4=config.nf4_config,
             lora=config.lora_config,
             plan=plan,
+            dtype=None if rows.dtype is None else getattr(torch, rows.dtype),
             answer_tokens=answer_tokens,
             device_type="cpu" if on_cpu else "cuda",
         )

@@ -89,7 +89,7 @@ def deploy_gguf(
     path, target = Path(path), _target(to)
     header = read_gguf_header(path)
     metadata = header.metadata
-    if metadata.get("split.count", 0) > 1:
+    if metadata.get("split.count", 0) not in (0, 1):
         raise ConfigError(f"{path} is one of {metadata['split.count']} parts; join them with llama-gguf-split --merge")
     job = _Job(
         path=path,
