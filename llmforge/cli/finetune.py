@@ -331,7 +331,11 @@ def _build_trainer(
         model_files=files,
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base = " in NF4" if config.nf4_config is not None else ""
+    base = (
+        ""
+        if config.nf4_config is None
+        else " in NF4" + (", embeddings in 8 bits" if config.embedding_bits == 8 else "")
+    )
     print(
         f"base     {config.base_model}: {type(model).__name__}, {(model.num_params() - trained * (lora is not None)) / 1e6:,.1f} million weights{base}"
     )
