@@ -92,14 +92,41 @@ def compiled(pattern: str) -> re.Pattern[str]:
     """A regular expression for names of layers.
 
     Raises:
-        ConfigError: it is none, or too long to be meant.
+        ConfigError: it is none, too long to be meant, or of a form that can take forever: patterns come from files of others.
     """
     if len(pattern) > 1000:
         raise ConfigError(f"the pattern {shown(pattern)} has {len(pattern):,} characters; at most 1,000 are allowed")
+    if _repeats_a_choice(pattern):
+        raise ConfigError(
+            f"the pattern {shown(pattern)} repeats a group that has repeats or alternatives inside, which can take forever; write it "
+            "without, or list the layers' names"
+        )
     try:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"the pattern {shown(pattern)} is no regular expression: {error}") from error
+
+
+# An escape, a set, or one character of a regular expression; a count as a whole.
+_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|.", re.DOTALL)
+
+
+def _repeats_a_choice(pattern: str) -> bool:
+    """Whether a group that can match a text in several ways is repeated, as in (a*)*: the ways multiply with each round."""
+    several = [False]  # by open group: whether it can
+    was_group = False  # the token before ended a group that can
+    for token in _TOKEN.findall(pattern):
+        repeats = token in ("*", "+") or (token[0] == "{" and token != "{")
+        if repeats and was_group:
+            return True
+        if token == "(":
+            several.append(False)
+        elif repeats or token == "|":
+            several[-1] = True
+        was_group = token == ")" and len(several) > 1 and several.pop()
+        if was_group:
+            several[-1] = True
+    return False
 
 
 @dataclass(frozen=True)
