@@ -13,7 +13,7 @@ import llmforge as lf
 from llmforge.cli.main import main
 from llmforge.formats.safetensors import read_safetensors
 from llmforge.tokenizers.templates import ALPACA
-from llmforge.training import list_checkpoints, read_log
+from llmforge.training import chunked_next_token_loss, list_checkpoints, read_log
 
 QUESTIONS = ("¿Qué es una variable?", "¿Qué hace print?", "What is a list?", "¿Cómo se suma?", "¿Qué es un bucle?")
 RECORDS = [
@@ -154,6 +154,21 @@ def test_memory_switches_do_not_change_what_is_learned(base, data, tmp_path, cap
     for adapter in adapters[1:]:
         for name, values in adapter.items():
             torch.testing.assert_close(values, adapters[0][name], atol=1e-6, rtol=1e-4)
+
+
+def test_the_held_out_loss_is_of_all_examples_whatever_the_micro_batch(base, data, tmp_path):
+    tokenizer = lf.load(base)[1]
+    held_out = lf.InstructionDataset.from_file(data, tokenizer).split(val_fraction=0.3)[1]
+    rows = held_out.num_sequences(192)
+    losses = []
+    for size in (1, rows - 1, rows + 2):
+        config = lf.TrainConfig(max_steps=1, micro_batch_size=size, seq_len=192, device="cpu", eval_batches=None)
+        trainer = lf.Trainer(lf.load(base)[0], held_out, config=config, loss_fn=chunked_next_token_loss)
+        metrics = trainer.evaluate(held_out)
+        assert metrics.num_targets == held_out.num_answer_tokens
+        losses.append(metrics.loss)
+    assert rows > 2
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
 
 
 def test_preview_shows_what_is_learned(base, data, tmp_path, capsys):

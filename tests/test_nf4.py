@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 from transformers import LlamaConfig as TheirLlamaConfig
 
 from llmforge.convert import export_hf, load, open_model
+from llmforge.convert.merge_check import merge_divergence
 from llmforge.convert.published import assemble, publish
 from llmforge.errors import CheckpointError, ConfigError, ConvertError
-from llmforge.finetune import NF4Config, quantize_
+from llmforge.finetune import LoRAConfig, NF4Config, apply_lora_, quantize_, save_adapter
 from llmforge.formats.safetensors import read_safetensors, write_safetensors
 from llmforge.models import Llama, LlamaConfig
 from llmforge.nn import Linear4bit
@@ -593,6 +594,22 @@ def test_a_4bit_folder_can_be_exported(their_4bit, tmp_path):
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDX).logits
     torch.testing.assert_close(theirs, logits, atol=1e-5, rtol=0)
+
+
+def test_a_merge_onto_a_4bit_folder_is_onto_the_codes_that_training_saw(their_4bit, tmp_path):
+    folder, _ = their_4bit["llama", True]
+    model, _ = load(folder, quantize=NF4Config())
+    apply_lora_(model, LoRAConfig(r=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):
+                parameter.copy_(normal(*parameter.shape))
+        trained = model(IDX)
+    save_adapter(model, tmp_path / "adapter", base_model=str(folder))
+    merged, _ = load(tmp_path / "adapter")
+    torch.testing.assert_close(merged(IDX), trained, atol=1e-4, rtol=1e-5)
+    divergences = merge_divergence(folder, tmp_path / "adapter", IDX[0])
+    assert abs(divergences["nf4"]) < 1e-6
 
 
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmforge.convert.base import Family, Tensors
+from llmforge.convert.bitsandbytes import nf4_of
 from llmforge.convert.published import Published, account, shared_names
 from llmforge.errors import CheckpointError, ConfigError, ConvertError, some
 from llmforge.finetune.adapter_files import Adapter, LoRATensors, Rounding
@@ -25,7 +26,7 @@ from llmforge.finetune.quantize import NF4Config
 from llmforge.formats.lazy import LazyTensor
 from llmforge.nn.lora import merged
 from llmforge.nn.replace import matches
-from llmforge.quant.nf4 import NF4Quantizer, NF4Tensor, dequantize_rows_nf4
+from llmforge.quant.nf4 import NF4Tensor, dequantize_rows_nf4
 
 MergeBase = Literal["original", "nf4"]
 MERGE_BASES: tuple[MergeBase, ...] = ("original", "nf4")
@@ -193,11 +194,8 @@ def _as_nf4(name: str, tensor: LazyTensor, nf4: NF4Config, latest: _Latest) -> L
     def read_rows(start: int, stop: int) -> Tensor:
         if latest.name != name or latest.codes is None:
             latest.codes, latest.name = None, name  # the old ones leave before the new ones come
-            quantizer = NF4Quantizer(tensor.shape, block_size=nf4.block_size, double_quant=nf4.double_quant)
             try:
-                for block in tensor.blocks():
-                    quantizer.add(block)
-                latest.codes = quantizer.finish()
+                latest.codes = nf4_of(tensor, nf4)
             except ConfigError as error:
                 raise ConvertError(f"{name}: {error}") from error
         return dequantize_rows_nf4(latest.codes, start, stop)

@@ -10,7 +10,6 @@ from llmforge.convert.merge import MERGE_BASES, MergeBase
 from llmforge.convert.published import assemble
 from llmforge.errors import DataError
 from llmforge.finetune import load_adapter_, read_adapter
-from llmforge.finetune.quantize import quantize_
 from llmforge.models import LanguageModel
 
 _LOGITS_BYTES = 1 << 30  # of the trained model, which are kept while the merged ones compute theirs
@@ -39,11 +38,9 @@ def merge_divergence(
     if ids.numel() < 2:
         raise DataError(f"the text has {ids.numel()} tokens; 2 are needed to compare models, some hundred are better")
     published, _ = open_model(base, revision=revision)
-    model = assemble(published, device=device)
     folder = find_adapter(adapter)
     rounding = read_adapter(folder).rounding
-    if rounding is not None:
-        quantize_(model, rounding.nf4)
+    model = assemble(published, device=device, quantize=None if rounding is None else rounding.nf4)
     load_adapter_(model, folder)
     ids = ids[: max(2, _LOGITS_BYTES // (4 * published.config.vocab_size))]
     trained = _log_probs(model.eval(), ids)

@@ -74,7 +74,8 @@ def export_hf(
     published = replace(published, config=family_config, tensors=tensors, notes=published.notes + notes)
     config = _hf_config(published, tokenizer, dtype) | more
     hf_tensors = _hf_tensors(published, dtype)
-    inputs = inputs_of(published, dtype=_DTYPES[dtype], ternary=ternary, max_shard_bytes=max_shard_bytes)
+    options = dict(dtype=_DTYPES[dtype], ternary=ternary, max_shard_bytes=max_shard_bytes)
+    inputs = inputs_of(published, vocab_size=published.config.vocab_size, **options)
     with resumable_folder(folder, inputs, overwrite=overwrite) as unfinished:
         tmp = unfinished.path
         write_safetensors(tmp, hf_tensors, max_shard_bytes=max_shard_bytes, marks=unfinished.marks, progress=progress)

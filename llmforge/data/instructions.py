@@ -502,9 +502,9 @@ class _Reader:
                 keys.append(np.array([_key(example) for _, example, _ in good], dtype=np.uint64))
                 places.append(np.array([(file, *place) for (file, place, _), _, _ in good]))
         if not ids:
-            name = ", ".join(map(str, files)) or "the list"
             if self.num_bad:
-                raise DataError(f"{name}: all {self.num_bad:,} records are malformed; the first: {self.reasons[0]}")
+                raise DataError(f"all {self.num_bad:,} records are malformed; the first: {self.reasons[0]}")
+            name = ", ".join(map(str, files)) or "the list"
             raise DataError(
                 f"{name}: there are no records; a file has one JSON record per line, or is one list of them"
             )

@@ -28,7 +28,7 @@ def quantize_int8_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows = matrix.detach().float()
     low, high = rows.aminmax(dim=1)  # NaN if one value is
-    scales = torch.maximum(-low, high) / 127
+    scales = torch.maximum(low.abs(), high.abs()) / 127
     if not scales.isfinite().all():
         raise ConfigError(
             "NaN or infinity among the weights, for which 8 bits have no codes; take an earlier checkpoint"

@@ -249,12 +249,14 @@ class Trainer:
         if data is None:
             raise ConfigError("evaluate needs data: pass val_data to the Trainer, or data to evaluate")
         size = self.config.micro_batch_size
-        batches = self.config.eval_batches
+        batches, rows_left = self.config.eval_batches, None
         if batches is None:
             sequences = _num_sequences(data, self.seq_len)
             if sequences is None:
                 raise ConfigError("eval_batches must be set: this data does not say how long it is")
-            batches = max(1, sequences // size)
+            # Examples are counted to the last one; of a long text the windows that fill batches.
+            rows_left = sequences if hasattr(data, "num_sequences") else None
+            batches = max(1, sequences // size if rows_left is None else -(-sequences // size))
         loss_sum, num_targets, weights = 0.0, 0, constant_weights()
         was_training = self.model.training
         self.model.eval()
@@ -262,6 +264,8 @@ class Trainer:
         try:
             for number in range(batches):
                 batch = data.batch(number, batch_size=size, seq_len=self.seq_len, seed=0)
+                if rows_left is not None:
+                    batch = [part[: rows_left - number * size] for part in batch]
                 with self._autocast(), weights:
                     micro_sum, micro_targets = self.loss_fn(self.model, [part.to(self.device) for part in batch])
                 loss_sum += micro_sum.item()
