@@ -36,6 +36,10 @@ class OutOfMemoryError(LLMForgeError, RuntimeError):
     """The device's memory does not hold what a step needs; the message says what to change, and by how much."""
 
 
+class DivergedError(LLMForgeError, RuntimeError):
+    """Training that came to values that are not finite; the message names the last good checkpoint."""
+
+
 def some(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are.
 

@@ -247,9 +247,9 @@ def train(trainer: "Trainer", config: "RunConfig") -> int:
 
 
 def stopped(result: "TrainResult", trainer: "Trainer", *, command: str = "train") -> int:
-    """Say how to go on after a signal; returns the exit code that shells expect."""
+    """Say how to go on after a signal, or when the time was up; returns the exit code that shells expect."""
     print(f"stopped by {result.stopped_by} and saved; go on with: {program()} {command} --resume {trainer.out_dir}")
-    return 130 if result.stopped_by == "SIGINT" else 143
+    return {"SIGINT": 130, "max_seconds": 0}.get(str(result.stopped_by), 143)
 
 
 def report(result: "TrainResult", trainer: "Trainer") -> None:
@@ -264,6 +264,8 @@ def report(result: "TrainResult", trainer: "Trainer") -> None:
     print(
         f"done     step {result.step} in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s; {', '.join(losses)}"
     )
+    if result.skipped_steps:
+        print(f"         {result.skipped_steps} steps were skipped: their loss or gradient was not finite")
     if result.val_loss is not None and result.best_val_loss is not None and result.best_val_loss < result.val_loss:
         print(f"         the best validation loss was {result.best_val_loss:.4f} at step {result.best_step}: "
               f"--checkpoint best uses it")  # fmt: skip

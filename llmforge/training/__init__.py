@@ -9,6 +9,7 @@ from llmforge.training.checkpoint import (
     verify_manifest,
 )
 from llmforge.training.config import TrainConfig
+from llmforge.training.devices import arithmetic_dtype, pick_device
 from llmforge.training.loss import (
     IGNORED,
     LossFunction,
@@ -19,7 +20,7 @@ from llmforge.training.loss import (
 from llmforge.training.metrics import EvalMetrics, StepMetrics, TrainResult, read_log
 from llmforge.training.optim import build_optimizer
 from llmforge.training.schedule import learning_rate
-from llmforge.training.trainer import Dataset, Trainer, arithmetic_dtype, pick_device
+from llmforge.training.trainer import Dataset, Trainer
 
 __all__ = [
     "IGNORED",

@@ -53,6 +53,8 @@ class TrainerState:
     scaler: dict[str, Any]
     val_loss: float | None  # of these weights, where they were evaluated
     settings: Mapping[str, Any]  # TrainConfig.to_dict()
+    micro_batch_size: int | None  # as it was in the end: found, or halved by a step without enough memory
+    skipped_steps: int
     data_fingerprint: str | None
 
 
@@ -99,6 +101,8 @@ def save_checkpoint(
             "val_loss": state.val_loss,
             "data_fingerprint": state.data_fingerprint,
             "settings": state.settings,
+            "micro_batch_size": state.micro_batch_size,
+            "skipped_steps": state.skipped_steps,
         }
         _write_json(tmp / "trainer.json", summary)
         _write_json(tmp / "manifest.json", {file.name: _checksum(file) for file in sorted(tmp.iterdir())})
@@ -135,6 +139,8 @@ def load_state(folder: Path, model: nn.Module, *, model_files: ModelFiles | None
         scaler=tensors["scaler"],
         val_loss=summary["val_loss"],
         settings=summary["settings"],
+        micro_batch_size=summary.get("micro_batch_size"),
+        skipped_steps=summary.get("skipped_steps", 0),
         data_fingerprint=summary["data_fingerprint"],
     )
 

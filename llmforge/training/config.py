@@ -109,8 +109,11 @@ class TrainConfig(Config):
     }
 
     max_steps: int  # optimizer steps
-    micro_batch_size: int = 12  # sequences per forward pass
+    micro_batch_size: int | Literal["auto"] = (
+        12  # sequences per forward pass; "auto" = as many as fit, with tokens_per_step
+    )
     grad_accum_steps: int = 1  # micro-steps per step; the gradient does not depend on the split
+    tokens_per_step: int | None = None  # in place of grad_accum_steps, which then follows
     seq_len: int | None = None  # tokens per sequence; None = the model's context length
 
     # Other defaults of the fields below, where they are not given: "bitnet" for ternary models.
@@ -152,17 +155,32 @@ class TrainConfig(Config):
     sample_tokens: int = 150  # length of the samples
     diagnose_every_steps: int | None = 100  # BitLinear: what the codes do, into log.jsonl, with warnings; None = never
     save_every_steps: int | None = 500  # checkpoints; None = only the last
+    max_seconds: float | None = None  # wall time of train(), after which it saves and stops; None = as long as it takes
+    # Steps in a row whose loss or gradient is not finite, each of them skipped, after which a run ends.
+    max_skipped_steps: int = 10
     keep_last: int = 2  # newest checkpoints to keep, beside the one with the best validation loss
     out_dir: str | None = None  # run folder; None = nothing is written
 
     def __post_init__(self) -> None:
         at_least_one = ["max_steps", "micro_batch_size", "grad_accum_steps", "seq_len", "log_every_steps", "keep_last"]
         at_least_one += ["eval_every_steps", "eval_batches", "sample_every_steps", "sample_tokens", "save_every_steps"]
-        at_least_one += ["diagnose_every_steps"]
+        at_least_one += ["diagnose_every_steps", "tokens_per_step", "max_skipped_steps"]
         for name in at_least_one:
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ConfigError(f"{name} ({value}) must be at least 1")
+        if not isinstance(self.micro_batch_size, int) and (
+            self.micro_batch_size != "auto" or self.tokens_per_step is None
+        ):
+            raise ConfigError(
+                f"micro_batch_size ({self.micro_batch_size!r}) must be a whole number, or 'auto' together with tokens_per_step"
+            )
+        if self.tokens_per_step is not None and self.grad_accum_steps != 1:
+            raise ConfigError(
+                f"tokens_per_step ({self.tokens_per_step}) and grad_accum_steps ({self.grad_accum_steps}) say the same thing; leave one out"
+            )
+        if self.max_seconds is not None and self.max_seconds <= 0.0:
+            raise ConfigError(f"max_seconds ({self.max_seconds}) must be above 0; null is no limit")
         for name in ("warmup_steps", "quantize_warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} ({getattr(self, name)}) must be 0 (no warm-up) or more")

@@ -15,7 +15,7 @@ from llmforge.formats.atomic import atomic_file
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One optimizer step. `loss` and `grad_norm` are read from the device when asked for, not before."""
+    """One optimizer step. `loss`, `grad_norm` and `skipped` are read from the device when asked for, not before."""
 
     step: int  # steps done, this one included
     lr: float
@@ -23,6 +23,7 @@ class StepMetrics:
     seconds: float  # wall time of this step
     loss_tensor: Tensor  # mean over the targets of the step, nats
     grad_norm_tensor: Tensor  # global L2 norm before clipping
+    skipped_tensor: Tensor  # bool
 
     @property
     def loss(self) -> float:
@@ -33,6 +34,11 @@ class StepMetrics:
     def grad_norm(self) -> float:
         """Global L2 norm of the gradient before clipping."""
         return self.grad_norm_tensor.item()
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the weights were left as they are, because the loss or the gradient was not finite."""
+        return bool(self.skipped_tensor)
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,7 +76,10 @@ class TrainResult:
     best_step: int | None
     seconds: float
     tokens_per_second: float
-    stopped_by: str | None  # "SIGINT" or "SIGTERM" when a signal ended the run early
+    stopped_by: (
+        str | None
+    )  # "SIGINT" or "SIGTERM" when a signal ended the run early, "max_seconds" when its time was up
+    skipped_steps: int  # whose loss or gradient was not finite
     checkpoint: Path | None  # the last one written
 
 

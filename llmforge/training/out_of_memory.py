@@ -13,20 +13,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
 
 
-def what_would_fit(config: TrainConfig, *, seq_len: int, can_checkpoint: bool) -> str:
+def what_would_fit(config: TrainConfig, *, rows: int, micro_batch_size: int, seq_len: int, can_checkpoint: bool) -> str:
     """The cheapest changes of the settings that need less memory, best first; the first ones leave what is computed as it is.
 
     Args:
+        rows: sequences per step.
+        micro_batch_size: sequences per forward pass, with which it did not fit.
         seq_len: tokens per sequence, as trained.
         can_checkpoint: whether the model has `set_activation_checkpointing`.
     """
-    size, accum = config.micro_batch_size, config.grad_accum_steps
+    size = micro_batch_size
     ways = []
     if size > 1:
-        smaller = max(part for part in range(1, size) if size % part == 0)
+        smaller = max(part for part in range(1, size) if rows % part == 0)
         ways.append(
-            f"micro_batch_size={smaller} with grad_accum_steps={accum * size // smaller} (the same step, {smaller}/{size} of the "
-            "activations)"
+            f"micro_batch_size={smaller} with grad_accum_steps={rows // smaller} (the same step, {smaller}/{size} of the activations)"
         )
     if can_checkpoint and config.activation_checkpointing == "none":
         ways.append(

@@ -1,21 +1,18 @@
 """Trainer: an iterator of optimizer steps, and `train()`, that loop with logging, evaluation, samples and checkpoints."""
 
-import dataclasses
 import hashlib
-import signal
-import threading
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from llmforge.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
+from llmforge.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryError, some
 from llmforge.generation import generate_text
 from llmforge.nn import bit_linears, constant_weights, set_quantization_
 from llmforge.tokenizers import Tokenizer
@@ -31,12 +28,15 @@ from llmforge.training.checkpoint import (
     validation_loss,
 )
 from llmforge.training.config import TrainConfig
+from llmforge.training.devices import arithmetic_dtype, pick_device
 from llmforge.training.loss import LossFunction, next_token_loss
 from llmforge.training.metrics import EvalMetrics, RunLog, StepMetrics, TrainResult
+from llmforge.training.micro_batch import bytes_per_row, free_bytes, split_rows
 from llmforge.training.optim import build_optimizer
 from llmforge.training.out_of_memory import is_out_of_memory, what_would_fit
 from llmforge.training.progress import Progress
 from llmforge.training.schedule import learning_rate, quantization_strength, weight_decay_applies
+from llmforge.training.signals import stop_signals
 from llmforge.training.ternary import TernaryDiagnosis
 
 
@@ -62,7 +62,7 @@ class Trainer:
         config: the settings.
         val_data: for the validation loss; None = none.
         tokenizer: for samples while training, and saved with each checkpoint.
-        loss_fn: (model, micro-batch) -> (sum of losses, number of targets).
+        loss_fn: (model, micro-batch) -> (sum of losses, number of targets); None = `next_token_loss`.
         optimizer: instead of AdamW as configured; its learning rate still follows the schedule.
         model_files: what a checkpoint holds of the model; None = all of it.
     Raises:
@@ -77,7 +77,7 @@ class Trainer:
         config: TrainConfig,
         val_data: Dataset | None = None,
         tokenizer: Tokenizer | None = None,
-        loss_fn: LossFunction = next_token_loss,
+        loss_fn: LossFunction | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         model_files: ModelFiles | None = None,
     ) -> None:
@@ -96,16 +96,24 @@ class Trainer:
             set_checkpointing(config.activation_checkpointing)
         self.train_data, self.val_data = train_data, val_data
         self.tokenizer = tokenizer
-        self.loss_fn = loss_fn
+        self.loss_fn: LossFunction = loss_fn or next_token_loss
         self.optimizer = optimizer if optimizer is not None else build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         seq_len = config.seq_len or getattr(model, "context_length", None)
         if seq_len is None:
-            raise ConfigError("seq_len must be set: this model names no context_length of its own")
+            if loss_fn is None:
+                raise ConfigError("seq_len must be set: this model names no context_length of its own")
+            seq_len = 1  # data without sequences takes no notice
         self.seq_len: int = seq_len
+        # Sequences per step, and per forward pass; None = found out before the first one.
+        self.rows, self._micro_batch_size = split_rows(config, seq_len)
         self.out_dir = Path(config.out_dir) if config.out_dir is not None else None
         self.step = 0  # steps done
         self._is_torn = False  # an optimizer step was begun and not finished
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # of all steps done
+        self._skipped_in_a_row = torch.zeros_like(self.skipped_steps)
+        # The device writes here when it has got so far: to read it never waits, and is a few steps late on a GPU.
+        self._skipped_as_known = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self.last_eval: EvalMetrics | None = None
         self._params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._weight_decays = [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
@@ -161,30 +169,26 @@ class Trainer:
                 group["weight_decay"] = weight_decay if decays else 0.0
         self._set_quantization(quantization_strength(self.step, config))
         self.model.train()
-        rows = config.micro_batch_size * config.grad_accum_steps
-        batch = self.train_data.batch(self.step, batch_size=rows, seq_len=self.seq_len, seed=config.seed)
+        batch = self.train_data.batch(self.step, batch_size=self.rows, seq_len=self.seq_len, seed=config.seed)
         num_tokens = batch[0].numel()
+        loss_sum, num_targets = self._gradients_that_fit(batch, num_tokens)
+        # The gradient so far is that of loss_sum / num_tokens; what is wanted is the mean over the targets.
+        num_targets = num_targets.clamp(min=1)
+        grad_norm = self._rescale_and_clip_gradients(num_tokens / num_targets)
+        skipped = ~(loss_sum.isfinite() & grad_norm.isfinite())
         try:
-            with _own_randomness(config.seed, self.step, self.device), constant_weights():
-                loss_sum, num_targets = self._accumulate_gradients(batch, num_tokens)
-            # The gradient so far is that of loss_sum / num_tokens; what is wanted is the mean over the targets.
-            num_targets = num_targets.clamp(min=1)
-            grad_norm = self._rescale_and_clip_gradients(num_tokens / num_targets)
             self._is_torn = True
-            self.scaler.step(self.optimizer)
+            self._update_weights(skipped)
             self._is_torn = False
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            outcome = (
-                "some weights have changed already: go on from a checkpoint"
-                if self._is_torn
-                else "the step was not done"
-            )
-            raise self._out_of_memory(error, f"step {self.step + 1}", f", and {outcome}") from error
-        self.scaler.update()
+            raise self._out_of_memory(
+                error, f"step {self.step + 1}", ", and some weights have changed already: go on from a checkpoint"
+            ) from error
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self._count(skipped)
         return StepMetrics(
             step=self.step,
             lr=lr,
@@ -192,13 +196,58 @@ class Trainer:
             seconds=time.perf_counter() - start,
             loss_tensor=loss_sum / num_targets,
             grad_norm_tensor=grad_norm,
+            skipped_tensor=skipped,
         )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per forward pass, as configured; "auto" and what a step without enough memory made of it included."""
+        if self._micro_batch_size is None:
+            self._micro_batch_size = self._found_micro_batch_size()
+        return self._micro_batch_size
+
+    def _found_micro_batch_size(self) -> int:
+        """The largest part of a step, one of equal parts, whose activations fit into the memory that is free."""
+        row = self.train_data.batch(0, batch_size=1, seq_len=self.seq_len, seed=self.config.seed)
+        with _own_randomness(self.config.seed, 0, self.device), self._autocast():
+            needed = bytes_per_row(self.loss_fn, self.model, [part.to(self.device) for part in row])
+        trained = sum(p.numel() * p.element_size() for p in self._params)
+        coming = (
+            trained if self.optimizer.state else 3 * trained
+        )  # gradients; and AdamW's two moments, made in the first step
+        fitting = max(1, (free_bytes(self.device) - coming) // max(1, needed))
+        return max(size for size in range(1, self.rows + 1) if self.rows % size == 0 and size <= fitting)
+
+    def _gradients_that_fit(self, batch: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
+        """`_accumulate_gradients`; without enough memory again, in micro-batches of half the size, from then on."""
+        as_before = self.micro_batch_size
+        while True:
+            try:
+                with _own_randomness(self.config.seed, self.step, self.device), constant_weights():
+                    return self._accumulate_gradients(batch, num_tokens)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.micro_batch_size == 1:
+                    failure = self._out_of_memory(error, f"step {self.step + 1}", ", and the step was not done")
+                    self._micro_batch_size = as_before  # that of the steps done, which a resumed run repeats to the bit
+                    raise failure from error
+            # Outside of the except block, whose exception holds what the forward pass had computed.
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._micro_batch_size = -(-self.micro_batch_size // 2)
+            warnings.warn(
+                f"out of memory in step {self.step + 1} on {self.device}: doing it again, and going on, with micro-batches of "
+                f"{self._micro_batch_size} (the same step in more parts)",
+                stacklevel=3,
+            )
 
     def _accumulate_gradients(self, batch: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
         """Forward and backward over the micro-batches; returns the step's loss sum and number of targets."""
         loss_sum = torch.zeros((), device=self.device)
         num_targets = torch.zeros((), dtype=torch.int64, device=self.device)
-        size = self.config.micro_batch_size
+        size = self.micro_batch_size
         for first in range(0, batch[0].shape[0], size):
             micro_batch = [part[first : first + size].to(self.device, non_blocking=True) for part in batch]
             with self._autocast():
@@ -209,11 +258,67 @@ class Trainer:
             num_targets += micro_targets
         return loss_sum, num_targets
 
+    def _update_weights(self, skipped: Tensor) -> None:
+        """The optimizer's step, unless it is one to be skipped."""
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # looks at the gradients itself, and halves its scale
+            self.scaler.update()
+        elif self.device.type == "cuda" and self.optimizer.defaults.get("fused"):
+            # The kernel reads this flag, as it does for a GradScaler; to read it here would wait for the device.
+            flagged: Any = self.optimizer
+            flagged.grad_scale, flagged.found_inf = None, skipped.float()
+            self.optimizer.step()
+            del flagged.grad_scale, flagged.found_inf
+        elif not skipped:
+            self.optimizer.step()
+
+    def _count(self, skipped: Tensor) -> None:
+        """Keep count of skipped steps.
+
+        Raises:
+            DivergedError: max_skipped_steps in a row.
+        """
+        self.skipped_steps += skipped
+        self._skipped_in_a_row = (self._skipped_in_a_row + 1) * skipped
+        self._skipped_as_known.copy_(self._skipped_in_a_row, non_blocking=True)
+        # A GradScaler begins with 2**16 and halves it until the gradients are finite: that is no divergence.
+        limit = self.config.max_skipped_steps + (16 if self.scaler.is_enabled() else 0)
+        in_a_row = int(self._skipped_as_known)
+        if in_a_row >= limit:
+            raise DivergedError(
+                f"loss or gradient was not finite in {in_a_row} steps in a row, up to step {self.step}, which were skipped"
+                f"{self._where_to_go_on()}; lower lr ({self.config.lr:g}), warm up longer, or look at the data of these steps"
+            )
+
+    def _where_to_go_on(self) -> str:
+        """The newest checkpoint, for an error's message."""
+        folders = list_checkpoints(self.out_dir) if self.out_dir is not None else []
+        return f"; {folders[-1]} is the last good checkpoint" if folders else ""
+
+    def _check_weights(self) -> None:
+        """Refuse to save weights that are not finite: the checkpoints before are better.
+
+        Raises:
+            DivergedError: with the name of one.
+        """
+        broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+        if broken:
+            raise DivergedError(
+                f"{some(broken)} had values that are not finite after step {self.step}, so it was not saved"
+                f"{self._where_to_go_on()}; lower lr ({self.config.lr:g}) or warm up longer"
+            )
+
     def _out_of_memory(self, error: BaseException, where: str, outcome: str = "") -> OutOfMemoryError:
         """What to tell the user."""
         self.optimizer.zero_grad(set_to_none=True)
         can_checkpoint = hasattr(self.model, "set_activation_checkpointing")
-        ways = what_would_fit(self.config, seq_len=self.seq_len, can_checkpoint=can_checkpoint)
+        ways = what_would_fit(
+            self.config,
+            rows=self.rows,
+            micro_batch_size=self.micro_batch_size,
+            seq_len=self.seq_len,
+            can_checkpoint=can_checkpoint,
+        )
         reason = str(error).partition(". ")[0]
         return OutOfMemoryError(f"out of memory in {where} on {self.device} ({reason}){outcome}; try {ways}")
 
@@ -248,7 +353,7 @@ class Trainer:
         data = data if data is not None else self.val_data
         if data is None:
             raise ConfigError("evaluate needs data: pass val_data to the Trainer, or data to evaluate")
-        size = self.config.micro_batch_size
+        size = self.config.micro_batch_size if isinstance(self.config.micro_batch_size, int) else self.micro_batch_size
         batches, rows_left = self.config.eval_batches, None
         if batches is None:
             sequences = _num_sequences(data, self.seq_len)
@@ -266,10 +371,12 @@ class Trainer:
                 batch = data.batch(number, batch_size=size, seq_len=self.seq_len, seed=0)
                 if rows_left is not None:
                     batch = [part[: rows_left - number * size] for part in batch]
-                with self._autocast(), weights:
-                    micro_sum, micro_targets = self.loss_fn(self.model, [part.to(self.device) for part in batch])
-                loss_sum += micro_sum.item()
-                num_targets += int(micro_targets)
+                for first in range(0, batch[0].shape[0], self.micro_batch_size):
+                    part = [rows[first : first + self.micro_batch_size].to(self.device) for rows in batch]
+                    with self._autocast(), weights:
+                        micro_sum, micro_targets = self.loss_fn(self.model, part)
+                    loss_sum += micro_sum.item()
+                    num_targets += int(micro_targets)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -311,6 +418,8 @@ class Trainer:
             scaler=self.scaler.state_dict(),
             val_loss=self.last_eval.loss if evaluated and self.last_eval is not None else None,
             settings=self.config.to_dict(),
+            micro_batch_size=self._micro_batch_size,
+            skipped_steps=int(self.skipped_steps),
             data_fingerprint=getattr(self.train_data, "fingerprint", None),
         )
         folder = save_checkpoint(self.out_dir, self.model, self.tokenizer, state, model_files=self.model_files)
@@ -351,11 +460,17 @@ class Trainer:
         if self.scaler.is_enabled() and state.scaler:
             self.scaler.load_state_dict(state.scaler)
         self.step = state.step
+        self.skipped_steps.fill_(state.skipped_steps)
+        if (
+            state.settings.get("micro_batch_size") == self.config.micro_batch_size
+            and state.micro_batch_size is not None
+        ):
+            self._micro_batch_size = min(state.micro_batch_size, self.rows)  # the same bits, with the same parts
         return True
 
     def _warn_of_differences(self, state: TrainerState) -> None:
         own = self.config.to_dict()
-        no_effect = {"out_dir", "keep_last", "device", "compile", "activation_checkpointing"}
+        no_effect = {"out_dir", "keep_last", "device", "compile", "activation_checkpointing", "max_seconds"}
         no_effect |= {name for name in own if name.startswith(("log_", "eval_", "sample_", "save_", "diagnose_"))}
         changed = [
             f"{name} {state.settings[name]!r} -> {value!r}"
@@ -372,15 +487,20 @@ class Trainer:
     def train(self, *, progress: bool = True) -> TrainResult:
         """All steps that are left, with log.jsonl, evaluation, samples and checkpoints as configured.
 
-        Ctrl-C or SIGTERM finishes the step, saves and returns with `stopped_by` set; a second Ctrl-C stops at once.
+        Ctrl-C, SIGTERM or the end of max_seconds finishes the step, saves and returns with `stopped_by` set; a second Ctrl-C stops at
+        once.
 
         Args:
             progress: show a progress line, evaluations and samples on the screen (standard error).
         Raises:
             CheckpointError: out_dir holds checkpoints of another run and `resume` was not called.
+            OutOfMemoryError: a step does not fit, in however small parts; the steps before it are saved.
+            DivergedError: max_skipped_steps in a row were not finite, or weights are not; the message names the last good checkpoint.
         """
         self.check_out_dir()
         start, first_step, num_tokens = time.perf_counter(), self.step, 0
+        late: StepMetrics | None = None  # due in the log, and still being computed
+        slowest = 0.0  # seconds of a step with all that comes with it
         metrics: StepMetrics | None = None
         checkpoint: Path | None = None
         best_loss, best_step = self._best_so_far()
@@ -389,12 +509,17 @@ class Trainer:
         screen = Progress(total=self.config.max_steps, initial=self.step, enabled=progress)
         try:
             with stop_signals() as stop:
+                began = time.perf_counter()
                 for metrics in self:
                     num_tokens += metrics.num_tokens
                     screen.step(metrics)
                     last = metrics.step == self.config.max_steps
-                    if last or metrics.step % self.config.log_every_steps == 0:
-                        self._log_step(log, metrics)
+                    if late is not None:
+                        self._log_step(log, late)
+                    late = metrics if last or metrics.step % self.config.log_every_steps == 0 else None
+                    if late is not None and (last or self.device.type == "cpu"):  # a GPU would have to be waited for
+                        self._log_step(log, late)
+                        late = None
                     if diagnosis is not None and self._due(self.config.diagnose_every_steps):
                         log.write(step=self.step, ternary=self._diagnose(diagnosis))
                     improved = False
@@ -406,15 +531,22 @@ class Trainer:
                             val_perplexity=evaluation.perplexity,
                             val_bits_per_byte=evaluation.bits_per_byte,
                         )
-                        screen.evaluation(evaluation, improved := best_loss is None or evaluation.loss < best_loss)
+                        improved = math.isfinite(evaluation.loss) and (best_loss is None or evaluation.loss < best_loss)
+                        screen.evaluation(evaluation, improved)
                         if improved:
                             best_loss, best_step = evaluation.loss, self.step
                     if self._sample_is_due(last):
                         text = self.sample()
                         log.write(step=self.step, sample=text)
                         screen.sample(text)
+                    if self.config.max_seconds is not None and stop.requested is None:
+                        now = time.perf_counter()
+                        slowest, began = max(slowest, now - began), now
+                        if now - start + slowest > self.config.max_seconds:
+                            stop.requested = "max_seconds"
                     save_is_due = last or improved or stop.requested or self._due(self.config.save_every_steps)
                     if self.out_dir is not None and save_is_due:
+                        self._check_weights()
                         checkpoint = self.save()
                     if stop.requested:
                         break
@@ -425,6 +557,8 @@ class Trainer:
                 torch.cuda.empty_cache()
             raise OutOfMemoryError(f"{error}; {self.save()} holds the steps before it, to go on from") from error
         finally:
+            if late is not None:
+                self._log_step(log, late)
             screen.close()
             log.close()
         seconds = time.perf_counter() - start
@@ -437,6 +571,7 @@ class Trainer:
             seconds=seconds,
             tokens_per_second=num_tokens / seconds if self.step > first_step else 0.0,
             stopped_by=stop.requested if self.step < self.config.max_steps else None,
+            skipped_steps=int(self.skipped_steps),
             checkpoint=checkpoint,
         )
 
@@ -481,39 +616,8 @@ class Trainer:
             lr=metrics.lr,
             grad_norm=metrics.grad_norm,
             tokens_per_second=round(metrics.tokens_per_second, 1),
+            **({"skipped": True} if metrics.skipped else {}),
         )
-
-
-@dataclasses.dataclass
-class StopRequest:
-    """Set by a signal; the loop looks at it after each step."""
-
-    requested: str | None = None  # the signal's name
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP of the block into a request; a second one interrupts at once.
-
-    Signals can only be caught in the main thread: elsewhere (some notebooks) the block runs without.
-    """
-    stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.requested is not None:
-            raise KeyboardInterrupt
-        stop.requested = signal.Signals(number).name
-
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-    previous = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -531,33 +635,3 @@ def _num_sequences(data: Dataset, seq_len: int) -> int | None:
         number: int = data.num_sequences(seq_len)
         return number
     return (len(data) - 1) // seq_len if isinstance(data, Sized) else None
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`; None = CUDA where there is one, else MPS, else the CPU.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {name!r}; use 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not available.get(device.type, False):
-        raise ConfigError(
-            f"device {name!r} is not available here: this torch ({torch.__version__}) sees no such device"
-        )
-    return device
-
-
-def arithmetic_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The type of `TrainConfig.dtype`; None = bfloat16 or else float16 on CUDA, float32 elsewhere."""
-    if name is not None:
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
