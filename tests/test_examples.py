@@ -66,6 +66,13 @@ def test_your_own_model_script(text, tmp_path):
     assert "step 100  loss" in run(EXAMPLES / "your_own_model.py", text, "--steps", 100, cwd=tmp_path)
 
 
+def test_a_module_that_is_no_language_model(tmp_path):
+    for _ in "ab":  # the second run finds the first one's end
+        (error,) = re.findall(r"squared error (\d\.\d+)", run(EXAMPLES / "any_module.py", cwd=tmp_path))
+        assert float(error) < 0.1  # 0.5 is that of a model which answers 0
+        assert sorted(folder.name for folder in (tmp_path / "runs" / "waves").glob("step-*"))[-1] == "step-000500"
+
+
 def test_ternary_scripts(text, tmp_path):
     out = run(EXAMPLES / "bitlinear_in_your_model.py", text, "--steps", 100, cwd=tmp_path)
     assert "9 layers are ternary: blocks.0.up, blocks.0.gate, blocks.0.down ..." in out
