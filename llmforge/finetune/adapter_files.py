@@ -16,13 +16,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmforge.config import read_json_object
 from llmforge.errors import CheckpointError, ConfigError, shown, some
@@ -344,19 +344,23 @@ def save_adapter(
 
 def write_adapter(folder: Path, model: nn.Module, *, name: str, base_model: str | None) -> None:
     """`save_adapter` into an existing folder, which is not made atomic here."""
+    _capture(model, name, base_model, lambda tensor: tensor)(folder)
+
+
+def _capture(
+    model: nn.Module, name: str, base_model: str | None, copy: Callable[[Tensor], Tensor]
+) -> Callable[[Path], None]:
+    """What writes an adapter as it is now into an existing folder; its tensors are passed through `copy` at once."""
     config = lora_config(model, name=name)
     layers = {path: layer.adapter(name) for path, layer in lora_layers(model).items() if name in layer.adapters}
     tensors: dict[str, LazyTensor] = {}
     for path, adapter in layers.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = LazyTensor.of(adapter.A)
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = LazyTensor.of(adapter.B)
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = LazyTensor.of(copy(adapter.A))
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = LazyTensor.of(copy(adapter.B))
         if adapter.magnitude is not None:
-            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = LazyTensor.of(adapter.magnitude)
+            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = LazyTensor.of(copy(adapter.magnitude))
     for parameter_name, parameter in _copies(model, name).items():
-        tensors[f"{_PREFIX}{parameter_name}"] = LazyTensor.of(parameter)
-    write_safetensors(folder, tensors, max_shard_bytes=None)
-    (folder / SINGLE_FILE).replace(folder / ADAPTER_WEIGHTS)
-
+        tensors[f"{_PREFIX}{parameter_name}"] = LazyTensor.of(copy(parameter))
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -378,10 +382,16 @@ def write_adapter(folder: Path, model: nn.Module, *, name: str, base_model: str 
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    _write_json(folder / ADAPTER_CONFIG, values)
     rounding = rounding_of(model)
     described = None if rounding is None else {"nf4": rounding.nf4.to_dict(), "modules": list(rounding.modules)}
-    _write_json(folder / BASE_FILE, {"base_model": base_model, "rounding": described})
+
+    def write(folder: Path) -> None:
+        write_safetensors(folder, tensors, max_shard_bytes=None)
+        (folder / SINGLE_FILE).replace(folder / ADAPTER_WEIGHTS)
+        _write_json(folder / ADAPTER_CONFIG, values)
+        _write_json(folder / BASE_FILE, {"base_model": base_model, "rounding": described})
+
+    return write
 
 
 def load_adapter_(model: nn.Module, folder: str | os.PathLike[str], *, name: str = "default") -> list[str]:
@@ -421,11 +431,18 @@ class AdapterFiles:
     def __init__(self, base_model: str | None = None, *, name: str = "default") -> None:
         self.base_model, self.name = base_model, name
 
-    def save(self, folder: Path, model: nn.Module, tokenizer: Tokenizer | None) -> None:
-        """Write PEFT's files and base.json into an existing folder, and the tokenizer if there is one."""
-        write_adapter(folder, model, name=self.name, base_model=self.base_model)
-        if tokenizer is not None:
-            tokenizer.save(folder)
+    def capture(
+        self, model: nn.Module, tokenizer: Tokenizer | None, copy: Callable[[Tensor], Tensor]
+    ) -> Callable[[Path], None]:
+        """What writes PEFT's files and base.json of the adapter as it is now, and the tokenizer if there is one."""
+        write_files = _capture(model, self.name, self.base_model, copy)
+
+        def write(folder: Path) -> None:
+            write_files(folder)
+            if tokenizer is not None:
+                tokenizer.save(folder)
+
+        return write
 
     def load_(self, folder: Path, model: nn.Module) -> None:
         """Put the values of a folder into the adapter that the model has, to the bit.

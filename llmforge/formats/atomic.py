@@ -31,6 +31,7 @@ from llmforge.errors import LLMForgeError
 
 _TMP_PREFIX = ".tmp-"
 _PART_PREFIX = ".part-"
+_ASIDE_PREFIX = ".old-"
 _READ_BYTES = 1 << 24
 
 
@@ -297,12 +298,28 @@ def _check_folder(path: Path, overwrite: bool) -> None:
     _make_folder(path.parent)
     sweep_leftovers(path.parent)
     aside = _aside(path)
-    if aside.exists() and not path.exists():  # killed between the two renames of `_put_folder`
+    if aside.exists():
+        _restore(aside, path)
+
+
+def restore_set_aside(folder: Path) -> None:
+    """End what a killed writer of folders in `folder` has begun: the old content gets its name back, unless the new one is in place.
+
+    Only where no living process writes folders of these names.
+    """
+    for aside in folder.glob(f"{_ASIDE_PREFIX}*"):
+        _restore(aside, aside.with_name(aside.name.removeprefix(_ASIDE_PREFIX)))
+
+
+def _restore(aside: Path, path: Path) -> None:
+    if path.exists():  # killed after the two renames of `_put_folder`
+        shutil.rmtree(aside, ignore_errors=True)
+    else:  # between them
         os.rename(aside, path)
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".old-{path.name}")
+    return path.with_name(f"{_ASIDE_PREFIX}{path.name}")
 
 
 def _put_folder(tmp: Path, path: Path) -> None:
@@ -329,17 +346,20 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sweep_leftovers(folder: Path) -> None:
-    """Remove what a killed writer left in `folder`; what a living process is writing stays."""
+def sweep_leftovers(folder: Path, *, own: bool = False) -> None:
+    """Remove what a killed writer left in `folder`; what a living process is writing stays.
+
+    Args:
+        own: also what has this process's number: nothing here is being written now. In a container the number of a killed process is
+            often that of the one that goes on.
+    """
     for entry in folder.glob(f"{_TMP_PREFIX}*"):
         pid = entry.name.removeprefix(_TMP_PREFIX).split("-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
+        if pid.isdigit() and (own if int(pid) == os.getpid() else not _is_alive(int(pid))):
             shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return True
     if os.name == "nt":  # os.kill(pid, 0) would end the process there: leave the entry alone
         return True
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmforge.errors import CheckpointError, ConfigError
-from llmforge.quant.dynamic8 import BLOCK_SIZE, dequantize_dynamic, quantize_dynamic, zero_code
+from llmforge.quant.dynamic8 import BLOCK_SIZE, dequantize_dynamic, dynamic_map, quantize_dynamic, zero_code
 
 MIN_8BIT_SIZE = 4096  # parameters with fewer values keep float32 moments, as in bitsandbytes: there is nothing to save
 _CHUNK = 1 << 22  # values that are float32 at a time
@@ -148,6 +148,13 @@ class AdamW8bit(torch.optim.Optimizer):
                 name: value.to(p.device, copy=True) if isinstance(value, Tensor) else copy.copy(value)
                 for name, value in found.items()
             }
+
+
+def with_maps(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state of this class as bitsandbytes' optimizers want it: beside its codes they keep what the codes mean."""
+    maps = {"qmap1": dynamic_map(signed=True), "qmap2": dynamic_map(signed=False)}
+    states = {key: {**maps, **state} if "absmax1" in state else state for key, state in state_dict["state"].items()}
+    return {**state_dict, "state": states}
 
 
 def _adamw(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, group: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@
             manifest.json           size and sha256 of each of these, written last
 
 A folder is written beside its place, fsynced and renamed, so a killed run leaves whole checkpoints only; the checksums find what
-a disk has damaged since.
+a disk has damaged since. What is written is a `Snapshot`, which training may have left behind meanwhile; see saving.py.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from llmforge.config import Config, read_json_object
 from llmforge.errors import CheckpointError, ConfigError, some
-from llmforge.formats.atomic import atomic_folder
+from llmforge.formats.atomic import atomic_folder, restore_set_aside, sweep_leftovers
 from llmforge.formats.lazy import LazyTensor
 from llmforge.formats.safetensors import read_safetensors, write_safetensors
 from llmforge.tokenizers import Tokenizer
@@ -39,6 +39,8 @@ from llmforge.tokenizers import Tokenizer
 MODEL_FILE = "model.safetensors"
 FAMILY_KEY = "llmforge_family"  # in config.json: tells our folders from Hugging Face's
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
+
+Copy = Callable[[Tensor], Tensor]  # what becomes of each tensor that will be written: itself, or a copy on the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +63,17 @@ class TrainerState:
 class ModelFiles(Protocol):
     """What a checkpoint holds of the model: all weights (`WholeModel`), or only those that are trained (`finetune.AdapterFiles`)."""
 
-    def save(self, folder: Path, model: nn.Module, tokenizer: Tokenizer | None) -> None:
-        """Write into an existing folder."""
+    def capture(self, model: nn.Module, tokenizer: Tokenizer | None, copy: Copy) -> Callable[[Path], None]:
+        """Take what will be written of the model as it is now.
+
+        Args:
+            copy: to be called with each tensor that will be written, before this returns; what it gives is written in its place.
+        Returns:
+            what writes into an existing folder; maybe called in another thread, while the model is trained on.
+        """
 
     def load_(self, folder: Path, model: nn.Module) -> None:
-        """Read what `save` wrote into the model, in place.
+        """Read what was written into the model, in place.
 
         Raises:
             CheckpointError: it does not fit the model.
@@ -75,11 +83,71 @@ class ModelFiles(Protocol):
 class WholeModel:
     """All weights, the config and the tokenizer."""
 
-    def save(self, folder: Path, model: nn.Module, tokenizer: Tokenizer | None) -> None:
-        write_model_folder(folder, model, tokenizer)
+    def capture(self, model: nn.Module, tokenizer: Tokenizer | None, copy: Copy) -> Callable[[Path], None]:
+        tensors = {name: LazyTensor.of(copy(tensor)) for name, tensor in unique_tensors(model).items()}
+        config = getattr(model, "config", None)
+
+        def write(folder: Path) -> None:
+            write_safetensors(folder, tensors, max_shard_bytes=None)
+            if isinstance(config, Config) and hasattr(config, "FAMILY"):
+                _write_json(folder / "config.json", {FAMILY_KEY: config.FAMILY, **config.to_dict()})
+            if tokenizer is not None:
+                tokenizer.save(folder)
+
+        return write
 
     def load_(self, folder: Path, model: nn.Module) -> None:
         load_weights_(model, folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A checkpoint that is not on the disk yet."""
+
+    write_model: Callable[[Path], None]
+    state: TrainerState
+
+    def write(self, out_dir: Path) -> Path:
+        """Write step-NNNNNN under `out_dir` and return its path.
+
+        Raises:
+            WriteError: no permission, no space; nothing is left of the attempt, and a folder of that name stays as it was.
+        """
+        state, folder = self.state, out_dir / f"step-{self.state.step:06d}"
+        with atomic_folder(folder, overwrite=True) as tmp:
+            self.write_model(tmp)
+            with (tmp / "trainer.pt").open("wb") as stream:
+                torch.save({"optimizer": state.optimizer, "scaler": state.scaler}, stream)
+            summary = {
+                "step": state.step,
+                "val_loss": state.val_loss,
+                "data_fingerprint": state.data_fingerprint,
+                "settings": state.settings,
+                "micro_batch_size": state.micro_batch_size,
+                "skipped_steps": state.skipped_steps,
+            }
+            _write_json(tmp / "trainer.json", summary)
+            _write_json(tmp / "manifest.json", {file.name: _checksum(file) for file in sorted(tmp.iterdir())})
+        return folder
+
+
+def the_tensor_itself(tensor: Tensor) -> Tensor:
+    """The `Copy` of what is written at once."""
+    return tensor
+
+
+def take_snapshot(
+    model: nn.Module,
+    tokenizer: Tokenizer | None,
+    state: TrainerState,
+    *,
+    model_files: ModelFiles | None = None,
+    copy: Copy = the_tensor_itself,
+) -> Snapshot:
+    """Model and state as they are now, each tensor passed through `copy`."""
+    write_model = (model_files or WholeModel()).capture(model, tokenizer, copy)
+    optimizer, scaler = (_with_copies(part, copy) for part in (state.optimizer, state.scaler))
+    return Snapshot(write_model=write_model, state=replace(state, optimizer=optimizer, scaler=scaler))
 
 
 def save_checkpoint(
@@ -91,58 +159,57 @@ def save_checkpoint(
     model_files: ModelFiles | None = None,
 ) -> Path:
     """Write step-NNNNNN under `out_dir` and return its path."""
-    folder = out_dir / f"step-{state.step:06d}"
-    with atomic_folder(folder, overwrite=True) as tmp:
-        (model_files or WholeModel()).save(tmp, model, tokenizer)
-        with (tmp / "trainer.pt").open("wb") as stream:
-            torch.save({"optimizer": state.optimizer, "scaler": state.scaler}, stream)
-        summary = {
-            "step": state.step,
-            "val_loss": state.val_loss,
-            "data_fingerprint": state.data_fingerprint,
-            "settings": state.settings,
-            "micro_batch_size": state.micro_batch_size,
-            "skipped_steps": state.skipped_steps,
-        }
-        _write_json(tmp / "trainer.json", summary)
-        _write_json(tmp / "manifest.json", {file.name: _checksum(file) for file in sorted(tmp.iterdir())})
-    return folder
+    return take_snapshot(model, tokenizer, state, model_files=model_files).write(out_dir)
 
 
 def write_model_folder(folder: Path, model: nn.Module, tokenizer: Tokenizer | None) -> None:
     """Write weights, config.json and tokenizer files into an existing folder."""
-    tensors = {name: LazyTensor.of(tensor) for name, tensor in unique_tensors(model).items()}
-    write_safetensors(folder, tensors, max_shard_bytes=None)
-    config = getattr(model, "config", None)
-    if isinstance(config, Config) and hasattr(config, "FAMILY"):
-        _write_json(folder / "config.json", {FAMILY_KEY: config.FAMILY, **config.to_dict()})
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    WholeModel().capture(model, tokenizer, the_tensor_itself)(folder)
 
 
-def load_state(folder: Path, model: nn.Module, *, model_files: ModelFiles | None = None) -> TrainerState:
-    """Read weights into `model` and return the rest.
+def read_state(folder: Path) -> TrainerState:
+    """Check a checkpoint's files and read all but the weights.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the checkpoint is of a model of another shape.
+        CheckpointError: a file is missing or damaged, or holds something else than a trainer's state.
     """
     verify_manifest(folder)
-    (model_files or WholeModel()).load_(folder, model)
-    summary = read_json_object(folder / "trainer.json")
+    try:
+        summary = read_json_object(folder / "trainer.json")
+    except ConfigError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
     try:
         tensors = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds here, UnpicklingError for code in the file among them
         raise CheckpointError(f"{folder / 'trainer.pt'} cannot be read as plain tensors: {error}") from error
-    return TrainerState(
-        step=summary["step"],
-        optimizer=tensors["optimizer"],
-        scaler=tensors["scaler"],
-        val_loss=summary["val_loss"],
-        settings=summary["settings"],
-        micro_batch_size=summary.get("micro_batch_size"),
-        skipped_steps=summary.get("skipped_steps", 0),
-        data_fingerprint=summary["data_fingerprint"],
-    )
+    try:
+        return TrainerState(
+            step=summary["step"],
+            optimizer=tensors["optimizer"],
+            scaler=tensors["scaler"],
+            val_loss=summary["val_loss"],
+            settings=summary["settings"],
+            micro_batch_size=summary.get("micro_batch_size"),
+            skipped_steps=summary.get("skipped_steps", 0),
+            data_fingerprint=summary["data_fingerprint"],
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is damaged: trainer.json or trainer.pt lacks {error}") from error
+
+
+def newest_state(run: Path) -> tuple[Path, TrainerState]:
+    """The checkpoint from which a run goes on, and its state: the newest one that can be read.
+
+    Raises:
+        CheckpointError: as `find_checkpoint`.
+    """
+    states = {}
+
+    def read(folder: Path) -> None:
+        states[folder] = read_state(folder)
+
+    folder = find_checkpoint(run, check=read)
+    return folder, states[folder]
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -206,15 +273,27 @@ def check_new_run(out_dir: Path) -> None:
             )
 
 
-def find_checkpoint(run: str | os.PathLike[str], which: str = "latest") -> Path:
+def tidy_run(run: Path) -> None:
+    """Put in order what killed processes of a run have left: half a checkpoint goes, one that was to be replaced comes back.
+
+    Only for the process that trains the run, before it writes: what is left under its own process number is an older process's, too.
+    """
+    sweep_leftovers(run, own=True)
+    restore_set_aside(run)
+
+
+def find_checkpoint(
+    run: str | os.PathLike[str], which: str = "latest", *, check: Callable[[Path], None] | None = None
+) -> Path:
     """One good checkpoint of a run.
 
     Args:
         which: "latest", "best" (lowest validation loss) or a folder's name like "step-000500".
+        check: raises a CheckpointError for a folder that is not good; None = `verify_manifest`.
     Raises:
         CheckpointError: there is none that can be read; a damaged newest one is passed over with a warning.
     """
-    run = Path(run)
+    run, check = Path(run), check or verify_manifest
     folders = list_checkpoints(run)
     if not folders:
         raise CheckpointError(
@@ -228,12 +307,12 @@ def find_checkpoint(run: str | os.PathLike[str], which: str = "latest") -> Path:
     elif which != "latest":
         if run / which not in folders:
             raise CheckpointError(f"no checkpoint {which!r} in {run}; there are {some([f.name for f in folders])}")
-        verify_manifest(run / which)
+        check(run / which)
         return run / which
     damages = []
     for folder in reversed(folders):
         try:
-            verify_manifest(folder)
+            check(folder)
         except CheckpointError as error:
             damages.append(str(error))
             continue
@@ -252,12 +331,15 @@ def validation_loss(folder: Path) -> float | None:
     return loss if isinstance(loss, float) else None
 
 
-def prune_checkpoints(run: Path, *, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the one with the best validation loss."""
+def prune_checkpoints(run: Path, *, keep_last: int, newest: Path) -> None:
+    """Delete all but the last `keep_last` checkpoints up to `newest`, and the one with the best validation loss.
+
+    What is newer stays and does not count: it is damaged, or the run went on from an older one by the user's wish.
+    """
     folders = list_checkpoints(run)
     scored = [(loss, folder) for folder in folders if (loss := validation_loss(folder)) is not None]
     best = min(scored, default=(None, None), key=lambda item: item[0])[1]
-    for folder in folders[:-keep_last]:
+    for folder in folders[: folders.index(newest) + 1][:-keep_last]:
         if folder != best:
             # Renamed first: a kill in the middle must not leave half a checkpoint under a checkpoint's name.
             doomed = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
@@ -283,6 +365,17 @@ def verify_manifest(folder: Path) -> None:
             raise CheckpointError(f"{folder} is damaged: {name} has {file.stat().st_size} bytes, not as written")
         if _checksum(file) != expected:
             raise CheckpointError(f"{folder} is damaged: {name} has other content than was written (sha256 differs)")
+
+
+def _with_copies(value: Any, copy: Copy) -> Any:
+    """A state_dict with new containers, and what `copy` makes of its tensors."""
+    if isinstance(value, Tensor):
+        return copy(value)
+    if isinstance(value, dict):
+        return {key: _with_copies(each, copy) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_copies(each, copy) for each in value)
+    return value
 
 
 def _checksum(file: Path) -> dict[str, Any]:

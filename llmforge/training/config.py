@@ -154,7 +154,9 @@ class TrainConfig(Config):
     sample_prompt: str = ""  # beginning of the samples
     sample_tokens: int = 150  # length of the samples
     diagnose_every_steps: int | None = 100  # BitLinear: what the codes do, into log.jsonl, with warnings; None = never
-    save_every_steps: int | None = 500  # checkpoints; None = only the last
+    save_every_steps: int | None = 500  # checkpoints; None = only the last, and those of save_every_seconds
+    save_every_seconds: float | None = None  # wall time from one checkpoint to the next, at the end of a step
+    async_save: bool = True  # train() goes on while they are written, from a copy of the state in the host's memory
     max_seconds: float | None = None  # wall time of train(), after which it saves and stops; None = as long as it takes
     # Steps in a row whose loss or gradient is not finite, each of them skipped, after which a run ends.
     max_skipped_steps: int = 10
@@ -184,6 +186,10 @@ class TrainConfig(Config):
         for name in ("warmup_steps", "quantize_warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} ({getattr(self, name)}) must be 0 (no warm-up) or more")
+        if self.save_every_seconds is not None and not self.save_every_seconds > 0.0:
+            raise ConfigError(
+                f"save_every_seconds ({self.save_every_seconds}) must be above 0; null saves by steps only"
+            )
         if self.recipe not in RECIPES:
             raise ConfigError(f"recipe ({self.recipe!r}) must be one of {', '.join(map(repr, RECIPES))}")
         if not 0 <= self.seed < 2**32:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,19 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         return adamw([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
     fused = all(p.device.type in ("cuda", "cpu", "mps") and p.is_floating_point() for p in params)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+
+
+def load_optimizer_state_(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`load_state_dict`; a run that began without bitsandbytes goes on with it, too.
+
+    Raises:
+        ValueError, CheckpointError: the state is another optimizer's.
+    """
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        from llmforge.training.adamw8bit import with_maps
+
+        state = with_maps(state)
+    optimizer.load_state_dict(state)
 
 
 def _adamw_8bit(name: str, *, on_cuda: bool) -> Callable[..., torch.optim.Optimizer]:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,14 +17,18 @@ from llmforge.generation import generate_text
 from llmforge.nn import bit_linears, constant_weights, set_quantization_
 from llmforge.tokenizers import Tokenizer
 from llmforge.training.checkpoint import (
+    Copy,
     ModelFiles,
+    Snapshot,
     TrainerState,
+    WholeModel,
     check_new_run,
-    find_checkpoint,
     list_checkpoints,
-    load_state,
-    prune_checkpoints,
-    save_checkpoint,
+    newest_state,
+    read_state,
+    take_snapshot,
+    the_tensor_itself,
+    tidy_run,
     validation_loss,
 )
 from llmforge.training.config import TrainConfig
@@ -32,9 +36,10 @@ from llmforge.training.devices import arithmetic_dtype, pick_device
 from llmforge.training.loss import LossFunction, next_token_loss
 from llmforge.training.metrics import EvalMetrics, RunLog, StepMetrics, TrainResult
 from llmforge.training.micro_batch import bytes_per_row, free_bytes, split_rows
-from llmforge.training.optim import build_optimizer
+from llmforge.training.optim import build_optimizer, load_optimizer_state_
 from llmforge.training.out_of_memory import is_out_of_memory, what_would_fit
 from llmforge.training.progress import Progress
+from llmforge.training.saving import CheckpointWriter
 from llmforge.training.schedule import learning_rate, quantization_strength, weight_decay_applies
 from llmforge.training.signals import stop_signals
 from llmforge.training.ternary import TernaryDiagnosis
@@ -108,6 +113,7 @@ class Trainer:
         # Sequences per step, and per forward pass; None = found out before the first one.
         self.rows, self._micro_batch_size = split_rows(config, seq_len)
         self.out_dir = Path(config.out_dir) if config.out_dir is not None else None
+        self._writer = None if self.out_dir is None else CheckpointWriter(self.out_dir, keep_last=config.keep_last)
         self.step = 0  # steps done
         self._is_torn = False  # an optimizer step was begun and not finished
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # of all steps done
@@ -408,9 +414,20 @@ class Trainer:
             )
 
     def save(self) -> Path:
-        """Write a checkpoint of this step into out_dir, and delete those that keep_last no longer covers."""
-        if self.out_dir is None:
+        """Write a checkpoint of this step into out_dir, and delete those that keep_last no longer covers.
+
+        Returns:
+            its folder, which is complete; what `train` writes in the background is finished before.
+        Raises:
+            ConfigError: there is no out_dir.
+            WriteError: no permission, no space; older checkpoints stay.
+        """
+        if self._writer is None:
             raise ConfigError("save needs an out_dir in the TrainConfig")
+        return self._writer.write(self._snapshot())
+
+    def _snapshot(self, copy: Copy = the_tensor_itself) -> Snapshot:
+        """What a checkpoint of this step holds."""
         evaluated = self.last_eval is not None and self.last_eval.step == self.step
         state = TrainerState(
             step=self.step,
@@ -422,39 +439,39 @@ class Trainer:
             skipped_steps=int(self.skipped_steps),
             data_fingerprint=getattr(self.train_data, "fingerprint", None),
         )
-        folder = save_checkpoint(self.out_dir, self.model, self.tokenizer, state, model_files=self.model_files)
-        prune_checkpoints(self.out_dir, keep_last=self.config.keep_last)
-        return folder
+        return take_snapshot(self.model, self.tokenizer, state, model_files=self.model_files, copy=copy)
 
     def resume(self, path: str | Path | None = None) -> bool:
         """Go on from a checkpoint: the run continues bit for bit as if it had never stopped (on the CPU; see docs/training.md).
 
         Args:
-            path: a checkpoint folder, or a run folder; None = the newest good one in out_dir.
+            path: a checkpoint folder, or a run folder; None = out_dir. Of a run it is the newest checkpoint that can be read.
         Returns:
             True; False when `path` is None and out_dir holds no checkpoint yet.
         Raises:
             CheckpointError: `path` is not a checkpoint, is damaged, or belongs to a model of another shape.
         """
         if path is None:
-            if self.out_dir is None or not list_checkpoints(self.out_dir):
+            if self.out_dir is None:
                 return False
-            path = find_checkpoint(self.out_dir)
+            tidy_run(self.out_dir)
+            if not list_checkpoints(self.out_dir):
+                return False
+            path = self.out_dir
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a folder; name a run or one of its step-... folders")
-        if list_checkpoints(path):
-            path = find_checkpoint(path)
-        state = load_state(path, self.model, model_files=self.model_files)
+        path, state = newest_state(path) if list_checkpoints(path) else (path, read_state(path))
         before, now = str(state.settings.get("optimizer", "adamw")), self.config.optimizer
         if ("8bit" in before) != ("8bit" in now):
             raise CheckpointError(
                 f"{path} holds the state of the optimizer {before!r}, with which {now!r} cannot go on; resume with the one that the run "
                 "began with"
             )
+        (self.model_files or WholeModel()).load_(path, self.model)
         self._warn_of_differences(state)
         try:
-            self.optimizer.load_state_dict(state.optimizer)
+            load_optimizer_state_(self.optimizer, state.optimizer)
         except ValueError as error:
             raise CheckpointError(f"the optimizer state in {path} does not fit this optimizer: {error}") from error
         if self.scaler.is_enabled() and state.scaler:
@@ -470,8 +487,10 @@ class Trainer:
 
     def _warn_of_differences(self, state: TrainerState) -> None:
         own = self.config.to_dict()
-        no_effect = {"out_dir", "keep_last", "device", "compile", "activation_checkpointing", "max_seconds"}
+        no_effect = set("out_dir keep_last async_save max_seconds device compile activation_checkpointing".split())
         no_effect |= {name for name in own if name.startswith(("log_", "eval_", "sample_", "save_", "diagnose_"))}
+        if _rows_per_step(state.settings, self.seq_len) == self.rows:  # in how many parts changes no sum
+            no_effect |= {"micro_batch_size", "grad_accum_steps", "tokens_per_step"}
         changed = [
             f"{name} {state.settings[name]!r} -> {value!r}"
             for name, value in own.items()
@@ -498,6 +517,7 @@ class Trainer:
             DivergedError: max_skipped_steps in a row were not finite, or weights are not; the message names the last good checkpoint.
         """
         self.check_out_dir()
+        saved_at = time.monotonic()
         start, first_step, num_tokens = time.perf_counter(), self.step, 0
         late: StepMetrics | None = None  # due in the log, and still being computed
         slowest = 0.0  # seconds of a step with all that comes with it
@@ -544,10 +564,15 @@ class Trainer:
                         slowest, began = max(slowest, now - began), now
                         if now - start + slowest > self.config.max_seconds:
                             stop.requested = "max_seconds"
-                    save_is_due = last or improved or stop.requested or self._due(self.config.save_every_steps)
-                    if self.out_dir is not None and save_is_due:
-                        self._check_weights()
-                        checkpoint = self.save()
+                    if self._writer is not None:
+                        self._writer.check()
+                        if last or stop.requested:
+                            self._check_weights()
+                            checkpoint = self.save()
+                        elif improved or self._save_is_due(saved_at):
+                            self._check_weights()
+                            saved_at = time.monotonic()
+                            self._writer.begin(self._snapshot, in_background=self.config.async_save)
                     if stop.requested:
                         break
         except OutOfMemoryError as error:
@@ -561,6 +586,8 @@ class Trainer:
                 self._log_step(log, late)
             screen.close()
             log.close()
+            if self._writer is not None:
+                self._writer.finish()
         seconds = time.perf_counter() - start
         return TrainResult(
             step=self.step,
@@ -590,9 +617,20 @@ class Trainer:
             self.model.train(was_training)
 
     def check_out_dir(self) -> None:
-        """Refuse to begin a run in a folder that holds another one's checkpoints, or a model; see `check_new_run`."""
-        if self.step == 0 and self.out_dir is not None:
-            check_new_run(self.out_dir)
+        """Refuse to begin a run in a folder that holds another one's checkpoints, or a model; see `check_new_run`.
+
+        What a killed process of the run has left is put in order before.
+        """
+        if self.out_dir is not None:
+            tidy_run(self.out_dir)
+            if self.step == 0:
+                check_new_run(self.out_dir)
+
+    def _save_is_due(self, saved_at: float) -> bool:
+        seconds = self.config.save_every_seconds
+        return self._due(self.config.save_every_steps) or (
+            seconds is not None and time.monotonic() - saved_at >= seconds
+        )
 
     def _due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.step % every_steps == 0
@@ -627,6 +665,19 @@ def _own_randomness(seed: int, step: int, device: torch.device) -> Iterator[None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(mixed)
         yield
+
+
+def _rows_per_step(settings: Mapping[str, Any], seq_len: int) -> int:
+    """Sequences that a step reads, by the settings of a checkpoint.
+
+    Args:
+        seq_len: where they do not say it.
+    """
+    if settings.get("tokens_per_step") is None:
+        rows: int = settings["micro_batch_size"] * settings["grad_accum_steps"]
+        return rows
+    tokens: int = settings["tokens_per_step"]
+    return tokens // (settings["seq_len"] or seq_len)
 
 
 def _num_sequences(data: Dataset, seq_len: int) -> int | None:
