@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a pool of threads would not sur
 import machine
 import numpy as np
 import torch
+import torch._dynamo  # noqa: F401 - every optimizer imports it at its first step, for seconds
 
 from llmforge import GPT, CharTokenizer, GPTConfig, TokenDataset, TrainConfig, Trainer
 from llmforge.training import find_checkpoint, list_checkpoints
@@ -63,7 +64,7 @@ class Watched:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=3_000)
+    parser.add_argument("--steps", type=int, default=2_000)
     parser.add_argument("--save-every-steps", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -184,11 +185,11 @@ def train(
 
         def die(event: str, _: Any) -> None:
             nonlocal left
-            if event.partition(".")[0] in ("open", "os", "shutil", "tempfile"):
-                if threading.current_thread().name == "checkpoint":
-                    left -= 1
-                    if left == -1:  # once: this call is such an event as well
-                        os.kill(os.getpid(), signal.SIGKILL)
+            of_files = event.partition(".")[0] in ("open", "os", "shutil", "tempfile")
+            if of_files and threading.current_thread().name == "checkpoint":
+                left -= 1
+                if left == -1:  # once: this call is such an event as well
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(die)
     trainer.train(progress=False)

@@ -3,7 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +94,7 @@ class RunLog:
     """
 
     def __init__(self, path: Path | None, *, after_step: int) -> None:
-        self._file = None
+        self._file, self._path, self._lost_lines = None, path, False
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,16 +105,30 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, **values: Any) -> None:
-        """Append one line and hand it to the system, so that a killed run has its log."""
+        """Append one line and hand it to the system, so that a killed run has its log.
+
+        A disk that is full costs lines, with one warning, and not the run.
+        """
         if self._file is not None:
             # JSON has no NaN or infinity; a diverged loss is null.
             values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
-            self._file.flush()
+            with self._losses_announced():
+                self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+                self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with self._losses_announced():
+                self._file.close()
+
+    @contextmanager
+    def _losses_announced(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._lost_lines:
+                warnings.warn(f"{self._path} loses lines: {error.strerror or error}; training goes on", stacklevel=4)
+            self._lost_lines = True
 
 
 def read_log(path: str | os.PathLike[str]) -> list[Mapping[str, Any]]:

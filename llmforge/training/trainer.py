@@ -298,6 +298,8 @@ class Trainer:
 
     def _where_to_go_on(self) -> str:
         """The newest checkpoint, for an error's message."""
+        if self._writer is not None:
+            self._writer.finish()
         folders = list_checkpoints(self.out_dir) if self.out_dir is not None else []
         return f"; {folders[-1]} is the last good checkpoint" if folders else ""
 
@@ -487,7 +489,8 @@ class Trainer:
 
     def _warn_of_differences(self, state: TrainerState) -> None:
         own = self.config.to_dict()
-        no_effect = set("out_dir keep_last async_save max_seconds device compile activation_checkpointing".split())
+        no_effect = {"out_dir", "keep_last", "async_save", "max_seconds", "device", "compile"}
+        no_effect |= {"activation_checkpointing"}
         no_effect |= {name for name in own if name.startswith(("log_", "eval_", "sample_", "save_", "diagnose_"))}
         if _rows_per_step(state.settings, self.seq_len) == self.rows:  # in how many parts changes no sum
             no_effect |= {"micro_batch_size", "grad_accum_steps", "tokens_per_step"}
