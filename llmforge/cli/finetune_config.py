@@ -265,6 +265,7 @@ class FinetuneConfig(Config):
             device=self.device,
             dtype=dtype,
             activation_checkpointing=self.activation_checkpointing,
+            compile=False,  # packed rows run as they are in any case, and so do layers of 4 bits
             seed=self.seed,
             log_every_steps=self.logging_steps,
             eval_every_steps=self.eval_steps or max(1, per_epoch // (self.evals_per_epoch or 4)),

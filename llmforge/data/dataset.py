@@ -177,19 +177,18 @@ class TokenDataset:
         # Every epoch has the same number of windows, and leaves room for the phase: a window or more, where the data is long enough.
         n_windows = max(1, len(self) // seq_len - 1)
         n_phases = len(self) - n_windows * seq_len
-        rows = []
+        windows = np.empty((batch_size, seq_len + 1), np.int64)
         first = (step * world_size + rank) * batch_size
-        for sample in range(first, first + batch_size):
+        for row, sample in zip(windows, range(first, first + batch_size), strict=True):
             epoch, place = divmod(sample, n_windows)
             phase, order = _epoch(seed, epoch, n_windows, n_phases)
             start = phase + int(order[place]) * seq_len
-            rows.append(self.ids[start : start + seq_len + 1])
-        windows = np.stack(rows)
+            row[:] = self.ids[start : start + seq_len + 1]
         if self.vocab_size is not None and (highest := int(windows.max())) >= self.vocab_size:
             raise DataError(
                 f"the data has id {highest}, the vocabulary only {self.vocab_size} tokens; it was made with another tokenizer"
             )
-        ids = torch.from_numpy(windows.astype(np.int64))
+        ids = torch.from_numpy(windows)
         return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
 

@@ -79,8 +79,9 @@ class Documents:
     """
 
     def __init__(self, positions: Tensor) -> None:
-        # One copy to the host (the number of documents must be known there anyway), instead of several waits for the device.
-        rows = positions.detach().cpu()
+        # One copy to the host (the number of documents must be known there anyway), instead of several waits for the device; none, where
+        # the tensor says from what it was copied.
+        rows = getattr(positions, "on_host", positions).detach().cpu()
         begins = rows == 0
         if rows.ndim != 2 or not bool(begins[:, :1].all() and (begins[:, 1:] | (rows.diff(dim=1) == 1)).all()):
             raise DataError(

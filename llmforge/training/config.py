@@ -139,12 +139,16 @@ class TrainConfig(Config):
     grad_clip: float | None = 1.0  # largest global L2 norm of the gradient; None = never clip
 
     device: str | None = None  # "cpu", "cuda", "cuda:1", "mps"; None = the best one there is
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the arithmetic (AMP); weights stay float32
-    # dtype None = bfloat16 or else float16 on CUDA, float32 elsewhere. float16 brings a GradScaler.
+    # Of the arithmetic (AMP); weights stay float32. None = bfloat16 or else float16 on CUDA, float32 elsewhere. float16 brings a
+    # GradScaler; tf32 is float32 with faster matrix products (CUDA).
+    dtype: Literal["float32", "tf32", "bfloat16", "float16"] | None = None
+    num_threads: int | None = None  # of operations on the CPU, during steps and evaluations; None = torch's own number
     # "blocks": each block's activations are computed again in the backward pass, not kept. "offload": and the blocks' inputs wait in the
     # host's memory. The gradient is the same.
     activation_checkpointing: Literal["none", "blocks", "offload"] = "none"
-    compile: bool = False  # torch.compile the model's forward pass; needs a C++ compiler (CPU) or Triton (GPU)
+    # torch.compile in the steps; needs a C++ compiler (CPU) or Triton (GPU), and does without, with a warning, where there is none.
+    # None = on CUDA with Triton, in runs of 1000 micro-steps or more.
+    compile: bool | None = None
     seed: int = 1337  # of the data order and dropout; the initial weights come from whoever built the model
 
     log_every_steps: int = 10  # lines in log.jsonl
@@ -166,7 +170,7 @@ class TrainConfig(Config):
     def __post_init__(self) -> None:
         at_least_one = ["max_steps", "micro_batch_size", "grad_accum_steps", "seq_len", "log_every_steps", "keep_last"]
         at_least_one += ["eval_every_steps", "eval_batches", "sample_every_steps", "sample_tokens", "save_every_steps"]
-        at_least_one += ["diagnose_every_steps", "tokens_per_step", "max_skipped_steps"]
+        at_least_one += ["diagnose_every_steps", "num_threads", "tokens_per_step", "max_skipped_steps"]
         for name in at_least_one:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
@@ -230,5 +234,7 @@ class TrainConfig(Config):
             raise ConfigError(
                 f"activation_checkpointing ({self.activation_checkpointing!r}) must be 'none', 'blocks' or 'offload'"
             )
-        if self.dtype not in ("float32", "bfloat16", "float16", None):
-            raise ConfigError(f"dtype ({self.dtype!r}) must be 'float32', 'bfloat16', 'float16' or null (automatic)")
+        if self.dtype not in ("float32", "tf32", "bfloat16", "float16", None):
+            raise ConfigError(
+                f"dtype ({self.dtype!r}) must be 'float32', 'tf32', 'bfloat16', 'float16' or null (automatic)"
+            )

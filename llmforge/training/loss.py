@@ -1,5 +1,6 @@
 """The loss is a sum and a count, so that a step's mean does not depend on how the step was split."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llmforge.errors import ConfigError
+from llmforge.training.compiling import compiled, is_compiling
 
 IGNORED = -100  # target positions with this id carry no loss
 
@@ -17,6 +19,9 @@ LossFunction = Callable[[nn.Module, Sequence[Tensor]], tuple[Tensor, Tensor]]
 
 # Float32 logits of a chunk: 128 MB. Larger chunks are no faster (benchmarks/packing.py).
 _CHUNK_LOGITS = 2**25
+
+# From so many tokens on chunks are no slower on a CPU, and what they save of memory is more than the model's own (benchmarks/step_profile.py).
+_LARGE_VOCABULARY = 4096
 
 
 def next_token_loss(model: nn.Module, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -56,11 +61,31 @@ def chunked_next_token_loss(
     idx, targets = batch[0], batch[1].flatten()
     places = {"positions": batch[2]} if len(batch) > 2 else {}
     hidden = inner.features(idx, **places).flatten(0, 1)  # (B*T, C)
-    answers = (targets != IGNORED).nonzero().squeeze(1)
-    if len(answers) < len(targets):
+    answers = _answers(batch[1])
+    if is_part := len(answers) < len(targets):
         hidden, targets = hidden.index_select(0, answers), targets[answers]
-    loss_sum = chunked_cross_entropy(hidden, inner.lm_head, targets, chunk_tokens=chunk_tokens)
-    return loss_sum, torch.tensor(len(answers), device=idx.device)
+    # Compiled code is made for one number of rows, which is always the same where none is left out.
+    loss_sum = _chunked(hidden, inner.lm_head, targets, chunk_tokens, of_any_length=is_part)
+    return loss_sum, torch.full((), len(answers), dtype=torch.int64, device=idx.device)
+
+
+def default_loss(model: nn.Module) -> LossFunction:
+    """The loss in chunks where the model can have it and its vocabulary is large enough for that to pay; else all logits at once."""
+    out_features = getattr(getattr(model, "lm_head", None), "out_features", 0)
+    in_chunks = callable(getattr(model, "features", None)) and out_features >= _LARGE_VOCABULARY
+    return chunked_next_token_loss if in_chunks else next_token_loss
+
+
+def _answers(targets: Tensor) -> Tensor:
+    """Where the targets are that count, in (B, T) laid end to end."""
+    host: Tensor = getattr(
+        targets, "on_host", targets
+    )  # how many they are must be known there: do not wait for the device
+    answers = (host.flatten() != IGNORED).nonzero().squeeze(1)
+    if answers.device != targets.device:
+        answers = answers.pin_memory() if targets.is_cuda else answers
+        answers = answers.to(targets.device, non_blocking=True)
+    return answers
 
 
 def chunked_cross_entropy(
@@ -81,6 +106,13 @@ def chunked_cross_entropy(
     Raises:
         ConfigError: chunk_tokens below 1, or a head that does not say its out_features and no chunk_tokens.
     """
+    return _chunked(hidden, head, targets, chunk_tokens, of_any_length=True)
+
+
+def _chunked(
+    hidden: Tensor, head: nn.Module, targets: Tensor, chunk_tokens: int | None, *, of_any_length: bool
+) -> Tensor:
+    fuse = not of_any_length and is_compiling()
     if chunk_tokens is None:
         vocab_size = getattr(head, "out_features", None)
         if vocab_size is None:
@@ -88,11 +120,13 @@ def chunked_cross_entropy(
                 f"{type(head).__name__} has no out_features, so chunk_tokens must be given; 256 is cautious"
             )
         chunk_tokens = max(1, _CHUNK_LOGITS // vocab_size)
+        if fuse:
+            chunk_tokens = _even(len(hidden), chunk_tokens)
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens ({chunk_tokens}) must be at least 1")
     params = [p for p in head.parameters() if p.requires_grad]
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or bool(params))
-    loss_sum: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens, with_gradients, *params)  # type: ignore[no-untyped-call]
+    loss_sum: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens, fuse, with_gradients, *params)  # type: ignore[no-untyped-call]
     return loss_sum
 
 
@@ -106,13 +140,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         head: nn.Module,
         chunk_tokens: int,
+        fuse: bool,
         with_gradients: bool,
         *params: nn.Parameter,
     ) -> Tensor:
         d_hidden = torch.empty_like(hidden) if with_gradients and hidden.requires_grad else None
         wanted = params if with_gradients else ()
         d_params = [torch.zeros_like(p, dtype=torch.float32) for p in wanted]
-        chunk = _linear_chunk(head) if type(head) is nn.Linear else _module_chunk(head)
+        chunk = _linear_chunk(head, fuse) if type(head) is nn.Linear else _module_chunk(head)
         loss_sum = hidden.new_zeros((), dtype=torch.float32)
         for first in range(0, max(1, len(hidden)), chunk_tokens):  # without a target too, for gradients of zero
             rows = slice(first, first + chunk_tokens)
@@ -128,18 +163,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden, *d_params = ctx.saved_tensors
         # In place: of a matrix (V, C) there must not be two. A second pass through this graph is then an error of autograd's.
         grads = [d.mul_(grad).to(dtype) for d, dtype in zip(d_params, ctx.dtypes, strict=True)]
-        return (None if d_hidden is None else d_hidden * grad, None, None, None, None, *grads)
+        return (None if d_hidden is None else d_hidden * grad, None, None, None, None, None, *grads)
 
 
 # (hidden (n, C), targets (n), where to put the gradient of hidden, parameters, where to add their gradients) -> sum of the losses
 _Chunk = Callable[[Tensor, Tensor, Tensor | None, Sequence[nn.Parameter], Sequence[Tensor]], Tensor]
 
 
-def _linear_chunk(head: nn.Linear) -> _Chunk:
+def _linear_chunk(head: nn.Linear, fuse: bool) -> _Chunk:
     device = head.weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     weight = head.weight.detach().to(dtype)  # once for all chunks
     bias = None if head.bias is None else head.bias.detach().to(dtype)
+    cross_entropy = _compiled_cross_entropy() if fuse else _cross_entropy_
 
     def chunk(
         hidden: Tensor,
@@ -149,11 +185,10 @@ def _linear_chunk(head: nn.Linear) -> _Chunk:
         d_params: Sequence[Tensor],
     ) -> Tensor:
         hidden = hidden.to(dtype)
-        logits = F.linear(hidden, weight, bias).float()
-        loss_sum = _cross_entropy_(logits, targets)
+        loss_sum, d_logits = cross_entropy(F.linear(hidden, weight, bias), targets)
         if d_hidden is None and not params:
             return loss_sum
-        d_logits = logits.to(dtype)
+        d_logits = d_logits.to(dtype)
         if d_hidden is not None:
             d_hidden.copy_(d_logits @ weight)
         for param, d_param in zip(params, d_params, strict=True):
@@ -180,7 +215,7 @@ def _module_chunk(head: nn.Module) -> _Chunk:
             hidden = hidden.detach().requires_grad_(d_hidden is not None)
             logits = head(hidden)
         scores = logits.detach().to(torch.float32, copy=True)  # a copy: the module may look at its output again
-        loss_sum = _cross_entropy_(scores, targets)
+        loss_sum, _ = _cross_entropy_(scores, targets)
         if logits.requires_grad:
             wanted = [*([hidden] if d_hidden is not None else []), *params]
             # As a backward pass outside of autocast would: it computes in the dtypes of the forward pass.
@@ -196,8 +231,9 @@ def _module_chunk(head: nn.Module) -> _Chunk:
     return chunk
 
 
-def _cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropies of (n, V) float32 logits, which turn into its gradient, in place."""
+def _cross_entropy_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of (n, V) logits, and its gradient, float32: in the place of the logits, if they are float32 too."""
+    logits = logits.float()
     counts = (targets != IGNORED)[:, None]
     index = targets[:, None].where(counts, 0)
     logits -= logits.amax(1, keepdim=True)
@@ -206,4 +242,24 @@ def _cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     losses = (sums.log() - of_target).where(counts, 0)
     logits.mul_(sums.reciprocal().where(counts, 0))  # p
     logits.scatter_(1, index, (of_target.exp() / sums - 1).where(counts, 0))  # p - 1
-    return losses.sum()
+    return losses.sum(), logits
+
+
+def _fused_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`_cross_entropy_` to be compiled: a few passes over the logits instead of ten, and the gradient in their dtype."""
+    counts = (targets != IGNORED)[:, None]
+    index = targets[:, None].where(counts, 0)
+    log_probs = F.log_softmax(logits.float(), 1)
+    losses = -log_probs.gather(1, index).where(counts, 0)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == index
+    return losses.sum(), ((log_probs.exp() - is_target.float()) * counts).to(logits.dtype)
+
+
+@functools.cache
+def _compiled_cross_entropy() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return compiled(_fused_cross_entropy)
+
+
+def _even(length: int, most: int) -> int:
+    """Rows of a chunk, such that all chunks have as many, or else all but the last: compiled code is made for one number."""
+    return next((size for size in range(most, most // 2, -1) if length % size == 0), most)

@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from llmforge.errors import CheckpointError, ConfigError, DataError, DivergedErr
 from llmforge.generation import generate_text
 from llmforge.nn import bit_linears, constant_weights, set_quantization_
 from llmforge.tokenizers import Tokenizer
+from llmforge.training.batches import Batches, on_device
 from llmforge.training.checkpoint import (
     Copy,
     ModelFiles,
@@ -31,9 +32,10 @@ from llmforge.training.checkpoint import (
     tidy_run,
     validation_loss,
 )
+from llmforge.training.compiling import CompiledModel, compiling_pays
 from llmforge.training.config import TrainConfig
-from llmforge.training.devices import arithmetic_dtype, pick_device
-from llmforge.training.loss import LossFunction, next_token_loss
+from llmforge.training.devices import arithmetic, arithmetic_dtype, own_randomness, pick_device
+from llmforge.training.loss import LossFunction, default_loss
 from llmforge.training.metrics import EvalMetrics, RunLog, StepMetrics, TrainResult
 from llmforge.training.micro_batch import bytes_per_row, free_bytes, split_rows
 from llmforge.training.optim import build_optimizer, load_optimizer_state_
@@ -67,7 +69,7 @@ class Trainer:
         config: the settings.
         val_data: for the validation loss; None = none.
         tokenizer: for samples while training, and saved with each checkpoint.
-        loss_fn: (model, micro-batch) -> (sum of losses, number of targets); None = `next_token_loss`.
+        loss_fn: (model, micro-batch) -> (sum of losses, number of targets); None = `default_loss`.
         optimizer: instead of AdamW as configured; its learning rate still follows the schedule.
         model_files: what a checkpoint holds of the model; None = all of it.
     Raises:
@@ -101,7 +103,7 @@ class Trainer:
             set_checkpointing(config.activation_checkpointing)
         self.train_data, self.val_data = train_data, val_data
         self.tokenizer = tokenizer
-        self.loss_fn: LossFunction = loss_fn or next_token_loss
+        self.loss_fn: LossFunction = loss_fn or default_loss(model)
         self.optimizer = optimizer if optimizer is not None else build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         seq_len = config.seq_len or getattr(model, "context_length", None)
@@ -125,8 +127,11 @@ class Trainer:
         self._weight_decays = [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
         self._has_bit_linears = bool(bit_linears(model))
         self._check()
-        if config.compile:
-            model.compile()  # in place: no _orig_mod. prefix reaches a file
+        self._modules = list(model.modules())
+        self._batches = Batches(self.device)
+        micro_steps = config.max_steps * max(1, self.rows // (self._micro_batch_size or self.rows))
+        compile = config.compile if config.compile is not None else compiling_pays(self.device, micro_steps=micro_steps)
+        self._compiled = CompiledModel(model, insist=bool(config.compile)) if compile else None
 
     def _check(self) -> None:
         if not self._has_bit_linears and quantization_strength(0, self.config) < 1:
@@ -164,6 +169,10 @@ class Trainer:
         """Do one optimizer step; StopIteration after max_steps."""
         if self.step >= self.config.max_steps:
             raise StopIteration
+        with self._arithmetic():
+            return self._do_step()
+
+    def _do_step(self) -> StepMetrics:
         start = time.perf_counter()
         config = self.config
         lr = learning_rate(self.step, config)
@@ -174,8 +183,11 @@ class Trainer:
             for group, weight_decay in zip(self.optimizer.param_groups, self._weight_decays, strict=False):
                 group["weight_decay"] = weight_decay if decays else 0.0
         self._set_quantization(quantization_strength(self.step, config))
-        self.model.train()
-        batch = self.train_data.batch(self.step, batch_size=self.rows, seq_len=self.seq_len, seed=config.seed)
+        if not all(module.training for module in self._modules):
+            self.model.train()
+        batch = self._batches.get(
+            self.step, self._batch, source=self.train_data, is_last=self.step + 1 == config.max_steps
+        )
         num_tokens = batch[0].numel()
         loss_sum, num_targets = self._gradients_that_fit(batch, num_tokens)
         # The gradient so far is that of loss_sum / num_tokens; what is wanted is the mean over the targets.
@@ -212,6 +224,9 @@ class Trainer:
             self._micro_batch_size = self._found_micro_batch_size()
         return self._micro_batch_size
 
+    def _batch(self, step: int) -> Sequence[Tensor]:
+        return self.train_data.batch(step, batch_size=self.rows, seq_len=self.seq_len, seed=self.config.seed)
+
     def _found_micro_batch_size(self) -> int:
         """The largest part of a step, one of equal parts, whose activations fit into the memory that is free."""
         row = self.train_data.batch(0, batch_size=1, seq_len=self.seq_len, seed=self.config.seed)
@@ -231,9 +246,13 @@ class Trainer:
             try:
                 with _own_randomness(self.config.seed, self.step, self.device), constant_weights():
                     return self._accumulate_gradients(batch, num_tokens)
-            except (RuntimeError, MemoryError) as error:
+            except Exception as error:
                 if not is_out_of_memory(error):
-                    raise
+                    if self._compiled is None or not self._compiled.give_up(error):
+                        raise
+                    self._compiled = None
+                    self.optimizer.zero_grad(set_to_none=True)
+                    continue
                 if self.micro_batch_size == 1:
                     failure = self._out_of_memory(error, f"step {self.step + 1}", ", and the step was not done")
                     self._micro_batch_size = as_before  # that of the steps done, which a resumed run repeats to the bit
@@ -246,7 +265,7 @@ class Trainer:
             warnings.warn(
                 f"out of memory in step {self.step + 1} on {self.device}: doing it again, and going on, with micro-batches of "
                 f"{self._micro_batch_size} (the same step in more parts)",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _accumulate_gradients(self, batch: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -255,8 +274,8 @@ class Trainer:
         num_targets = torch.zeros((), dtype=torch.int64, device=self.device)
         size = self.micro_batch_size
         for first in range(0, batch[0].shape[0], size):
-            micro_batch = [part[first : first + size].to(self.device, non_blocking=True) for part in batch]
-            with self._autocast():
+            micro_batch = on_device([part[first : first + size] for part in batch], self.device)
+            with self._autocast(), self._compiled or nullcontext():
                 micro_sum, micro_targets = self.loss_fn(self.model, micro_batch)
             # A sum over many tokens would overflow float16 gradients: divide by a count known beforehand.
             self.scaler.scale(micro_sum / num_tokens).backward()  # type: ignore[no-untyped-call]
@@ -332,7 +351,8 @@ class Trainer:
 
     def _rescale_and_clip_gradients(self, factor: Tensor) -> Tensor:
         """Multiply all gradients by `factor`, clip their global norm, and return the norm before clipping."""
-        self.scaler.unscale_(self.optimizer)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self._params if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) * factor
         if self.config.grad_clip is not None:
@@ -346,6 +366,10 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        tf32, num_threads = self.config.dtype == "tf32", self.config.num_threads
+        return arithmetic(tf32=tf32, num_threads=num_threads) if tf32 or num_threads else nullcontext()
 
     # What happens beside the steps
 
@@ -371,6 +395,7 @@ class Trainer:
             rows_left = sequences if hasattr(data, "num_sequences") else None
             batches = max(1, sequences // size if rows_left is None else -(-sequences // size))
         loss_sum, num_targets, weights = 0.0, 0, constant_weights()
+        self._batches.wait()
         was_training = self.model.training
         self.model.eval()
         self._set_quantization(1.0)  # as it will run
@@ -380,8 +405,8 @@ class Trainer:
                 if rows_left is not None:
                     batch = [part[: rows_left - number * size] for part in batch]
                 for first in range(0, batch[0].shape[0], self.micro_batch_size):
-                    part = [rows[first : first + self.micro_batch_size].to(self.device) for rows in batch]
-                    with self._autocast(), weights:
+                    part = on_device([rows[first : first + self.micro_batch_size] for rows in batch], self.device)
+                    with self._arithmetic(), self._autocast(), weights:
                         micro_sum, micro_targets = self.loss_fn(self.model, part)
                     loss_sum += micro_sum.item()
                     num_targets += int(micro_targets)
@@ -489,7 +514,7 @@ class Trainer:
 
     def _warn_of_differences(self, state: TrainerState) -> None:
         own = self.config.to_dict()
-        no_effect = {"out_dir", "keep_last", "async_save", "max_seconds", "device", "compile"}
+        no_effect = {"out_dir", "keep_last", "async_save", "max_seconds", "device", "compile", "num_threads"}
         no_effect |= {"activation_checkpointing"}
         no_effect |= {name for name in own if name.startswith(("log_", "eval_", "sample_", "save_", "diagnose_"))}
         if _rows_per_step(state.settings, self.seq_len) == self.rows:  # in how many parts changes no sum
@@ -607,6 +632,7 @@ class Trainer:
 
     def _diagnose(self, diagnosis: TernaryDiagnosis) -> dict[str, dict[str, float]]:
         """How the ternary layers do on the first sequence of this step's batch."""
+        self._batches.wait()
         batch = self.train_data.batch(self.step, batch_size=1, seq_len=self.seq_len, seed=self.config.seed)
         was_training = self.model.training
         self.model.eval()
@@ -661,13 +687,10 @@ class Trainer:
         )
 
 
-@contextmanager
-def _own_randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
+def _own_randomness(seed: int, step: int, device: torch.device) -> AbstractContextManager[None]:
     """Make dropout a function of (seed, step): a resumed run needs no generator state, and the caller's generator is not touched."""
     mixed = int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "little") >> 1
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(mixed)
-        yield
+    return own_randomness(mixed, device)
 
 
 def _rows_per_step(settings: Mapping[str, Any], seq_len: int) -> int:
