@@ -46,8 +46,8 @@ class Generation:
         torch.manual_seed(0)
         model = peers.FAMILIES[self.family][0](self._config())
         with torch.no_grad():
-            for parameter in model.parameters():  # larger than at the beginning of training: likely tokens differ clearly
-                if parameter.ndim >= 2:
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:  # the likeliest token is likely by far, as in a trained model
                     parameter.mul_(4)
         return model.eval().to(self.device, getattr(torch, self.dtype))
 
@@ -145,9 +145,7 @@ def measure(race: Generation, names: list[str], *, blocks: int, block_seconds: f
             skipped[name] = f"not installed: {', '.join(missing)}"
         else:
             able[name] = run
-    outcomes, failed, texts = turns.take_turns(
-        able, race, blocks=blocks, block_seconds=block_seconds, warmup_steps=1
-    )
+    outcomes, failed, texts = turns.take_turns(able, race, blocks=blocks, block_seconds=block_seconds, warmup_steps=1)
     texts_of = {name: outcome.notes[0] for name, outcome in outcomes.items() if outcome.notes}
     return {
         "family": race.family,

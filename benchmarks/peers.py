@@ -66,7 +66,7 @@ class Training:
         # No warm-up: every library has its own first step of one.
         fixed = {"max_steps": ENDLESS, "warmup_steps": 0, "lr": 1e-3, "seq_len": self.tokens_per_row}
         mine = {name: getattr(self, name) for name in ("dtype", "compile", "micro_batch_size", "grad_accum_steps")}
-        return TrainConfig(**{**fixed, **mine, "device": str(self.device), **self.train})
+        return TrainConfig(**{**fixed, **mine, "device": self.device_name or str(self.device), **self.train})
 
     @property
     def tokens_per_row(self) -> int:
@@ -476,7 +476,7 @@ def contestants(race: Training, names: list[str]) -> tuple[dict[str, Contestant]
 def describe(race: Training) -> dict[str, Any]:
     """The race for the JSON; what differs from the preset is named."""
     fields = dataclasses.asdict(race)
-    fields["device"] = str(race.device)
+    fields["device"] = race.device_name or str(race.device)
     for name in ("device_name", "threads", "gpu_gb"):
         fields.pop(name)
     meta = race.build_on_meta()

@@ -47,6 +47,7 @@ def measure(
         "steps_per_block": steps,
         "tokens_per_second": {name: round(tokens / spread["median"]) for name, spread in seconds.items()},
         "times_as_fast_as": turns.compared(outcomes),
+        "times_as_fast_as_by_cpu_time": turns.compared(outcomes, by="cpu_seconds") if race.device.type == "cpu" else {},
         "seconds_per_step": {name: turns.rounded(spread, 6) for name, spread in seconds.items()},
         "cpu_seconds_per_step": {
             name: turns.rounded(machine.spread(outcome.cpu_seconds), 6) for name, outcome in outcomes.items()
@@ -78,8 +79,12 @@ def loss_differences(outcomes: dict[str, turns.Outcome]) -> dict[str, float]:
     }
 
 
+def _matmul_size(race: peers.Training) -> int:
+    return 8192 if race.device.type == "cuda" else 1024  # some CPUs multiply bfloat16 fifty times slower than float32
+
+
 def _matmul(race: peers.Training, turn: turns.Turn) -> None:
-    n = 8192 if race.device.type == "cuda" else 2048
+    n = _matmul_size(race)
     a, b = (torch.randn(n, n, device=race.device, dtype=getattr(torch, race.dtype)) for _ in range(2))
     while True:
         a @ b
@@ -93,9 +98,8 @@ def matmul_flops_per_second(race: peers.Training) -> float:
     """Speed of a large square matrix product: what this device can do at most, here and now."""
     key = (str(race.device), race.dtype, race.threads)
     if key not in _matmul_speeds:
-        outcomes, _, _ = turns.take_turns({"matmul": _matmul}, race, blocks=5, block_seconds=0.2)
-        n = 8192 if race.device.type == "cuda" else 2048
-        _matmul_speeds[key] = 2 * n**3 / min(outcomes["matmul"].seconds) if outcomes else 0.0
+        outcomes, _, _ = turns.take_turns({"matmul": _matmul}, race, blocks=5, block_seconds=0.1, warmup_steps=1)
+        _matmul_speeds[key] = 2 * _matmul_size(race) ** 3 / min(outcomes["matmul"].seconds) if outcomes else 0.0
     return _matmul_speeds[key]
 
 
@@ -106,13 +110,35 @@ def published_flops_per_second(device: torch.device) -> float | None:
     return next((tflops * 1e12 for known, tflops in PUBLISHED_TFLOPS.items() if known in name), None)
 
 
+def expected_seconds(
+    race: peers.Training,
+    contestants: int,
+    *,
+    blocks: int,
+    block_seconds: float,
+    warmup_steps: int = 3,
+    together: bool = True,
+) -> float:
+    """About how long `measure` takes: FLOPs over what such a device reaches, and starting, importing and compiling."""
+    on_gpu = (race.device_name or race.device.type).startswith("cuda")
+    known = published_flops_per_second(race.device) if torch.cuda.is_available() else None
+    peak = (known or PUBLISHED_TFLOPS["RTX 4070"] * 1e12) if on_gpu else 50e9 * (race.threads or 1)
+    shape = peers.describe(race)
+    step = shape["flops_per_token"] * race.tokens_per_step / (peak * (0.35 if on_gpu else 0.6))
+    start = (10 if on_gpu else 4) + (45 if race.compile else 0)
+    starts = 1 if together else 2
+    return contestants * (starts * (start + (warmup_steps + 1) * step) + blocks * max(step, block_seconds))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     presets = {name: family for family, (_, config) in peers.FAMILIES.items() for name in config.PRESETS}
     parser.add_argument("--preset", default="char-gpt" if cuda else "char-gpt-cpu", choices=list(presets))
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16" if cuda else "float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16" if cuda else "float32"
+    )
     parser.add_argument("--micro-batch-size", type=int, help="default: the preset's")
     parser.add_argument("--grad-accum-steps", type=int, default=1)
     parser.add_argument("--seq-len", type=int, help="default: the model's context")

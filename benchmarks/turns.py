@@ -84,8 +84,8 @@ class Turn:
     def _wait(self) -> None:
         try:
             steps, profiled = self._connection.recv()
-        except (EOFError, OSError):  # the race is over
-            os._exit(0)
+        except (EOFError, OSError):
+            raise SystemExit from None  # the race is over
         if profiled:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if self._device.type == "cuda":
@@ -109,7 +109,7 @@ def _work(contestant: Contestant, task: Task, connection: Connection) -> None:
             torch.cuda.set_per_process_memory_fraction(min(1.0, task.gpu_gb * 2**30 / total), task.device)
         contestant(task, Turn(connection, task.device))
         raise RuntimeError("it ended before the race did")
-    except BaseException as error:
+    except Exception as error:
         connection.send({"error": f"{type(error).__name__}: {error}"[:500], "traceback": traceback.format_exc()})
 
 
@@ -237,14 +237,22 @@ def _failures(name: str, running: dict[str, _Process], outcomes: dict[str, Outco
         outcomes.pop(name, None)
 
 
-def compared(outcomes: dict[str, Outcome], ours: str = "llmforge") -> dict[str, dict[str, float]]:
-    """How many times as fast as each other one `ours` is: of the ratio within each turn, median and spread."""
-    others = [(name, outcome) for name, outcome in outcomes.items() if name != ours and ours in outcomes]
-    return {name: rounded(machine.spread(_ratios(outcomes[ours].seconds, outcome.seconds))) for name, outcome in others}
+def compared(
+    outcomes: dict[str, Outcome], ours: str = "llmforge", *, by: str = "seconds"
+) -> dict[str, dict[str, float]]:
+    """How many times as fast as each other one `ours` is: of the ratio within each turn, median and spread.
 
-
-def _ratios(mine: list[float], theirs: list[float]) -> list[float]:
-    return [other / own for own, other in zip(mine, theirs, strict=True)]
+    Args:
+        by: "seconds", or "cpu_seconds", which say more on a machine that others use too.
+    """
+    if ours not in outcomes:
+        return {}
+    mine = getattr(outcomes[ours], by)
+    return {
+        name: rounded(machine.spread([theirs / own for theirs, own in zip(getattr(outcome, by), mine, strict=True)]))
+        for name, outcome in outcomes.items()
+        if name != ours
+    }
 
 
 def rounded(values: dict[str, float], digits: int = 3) -> dict[str, float]:
