@@ -1,154 +1,165 @@
-"""Tokens per second, peak memory and MFU of training, beside a plain torch loop in the same run.
+"""Tokens per second, peak memory and MFU of training, beside other people's loops in the same run.
 
-    python benchmarks/training.py                                  # what suits the device at hand
+    python benchmarks/training.py                                  # what suits the device at hand, all peers that are installed
     python benchmarks/training.py --preset gpt2 --dtype bfloat16 --micro-batch-size 4 --compile      # an RTX 4070
 
-The peer is the loop that nanoGPT's train.py makes of the same model: random crops, autocast, clip_grad_norm_, fused AdamW.
-The two take turns in blocks of steps, so that both meet the same noise; quote the ratio. MFU is model FLOPs (the family's
-flops_per_token) over the speed of a large matrix product measured here in the same precision, and over the maker's figure
-where it is known.
+The peers are in `peers.py`; they take turns in blocks of steps (`turns.py`), so that all meet the same noise: quote the ratio. MFU is
+model FLOPs (the family's flops_per_token) over the speed of a large matrix product measured here in the same precision, and over the
+maker's figure where it is known.
 """
 
 import argparse
-import resource
-import time
-from collections.abc import Callable
+from typing import Any
 
 import machine
-import numpy as np
+import peers
 import torch
-import torch.nn.functional as F
-
-from llmforge import GPT, GPTConfig, TokenDataset, TrainConfig, Trainer
-from llmforge.training import build_optimizer
+import turns
 
 # Dense bf16/fp16 tensor-core TFLOP/s with float32 accumulation, from NVIDIA's Ada (RTX 40), A100, H100 and H200 data sheets.
 PUBLISHED_TFLOPS = {"RTX 4070": 58.3, "RTX 4080": 97.5, "RTX 4090": 165.2, "A100": 312.0, "H100": 989.4, "H200": 989.4}
 
 
+def measure(
+    race: peers.Training,
+    names: list[str],
+    *,
+    blocks: int,
+    block_seconds: float,
+    warmup_steps: int = 3,
+    together: bool = True,
+    profiled: bool = False,
+) -> dict[str, Any]:
+    """Let `names` take turns at one kind of step."""
+    able, skipped = peers.contestants(race, names)
+    outcomes, failed, steps = turns.take_turns(
+        able, race, blocks=blocks, block_seconds=block_seconds, warmup_steps=warmup_steps, together=together,
+        profiled=["llmforge"] if profiled else [],
+    )  # fmt: skip
+    shape = peers.describe(race)
+    tokens = race.tokens_per_step
+    seconds = {name: machine.spread(outcome.seconds) for name, outcome in outcomes.items()}
+    flops = {name: shape["flops_per_token"] * tokens / spread["median"] for name, spread in seconds.items()}
+    peak = matmul_flops_per_second(race)
+    published = published_flops_per_second(race.device)
+    result = {
+        **shape,
+        "steps_per_block": steps,
+        "tokens_per_second": {name: round(tokens / spread["median"]) for name, spread in seconds.items()},
+        "times_as_fast_as": turns.compared(outcomes),
+        "times_as_fast_as_by_cpu_time": turns.compared(outcomes, by="cpu_seconds") if race.device.type == "cpu" else {},
+        "seconds_per_step": {name: turns.rounded(spread, 6) for name, spread in seconds.items()},
+        "cpu_seconds_per_step": {
+            name: turns.rounded(machine.spread(outcome.cpu_seconds), 6) for name, outcome in outcomes.items()
+        },
+        "peak_memory_bytes": {name: outcome.memory_bytes for name, outcome in outcomes.items()},
+        "matmul_tflops": round(peak / 1e12, 4) if peak else None,
+        "mfu_of_measured_matmul": {name: round(value / peak, 3) for name, value in flops.items()} if peak else {},
+        "mfu_of_published_peak": {name: round(value / published, 3) for name, value in flops.items()}
+        if published
+        else {},
+        "losses": {name: outcome.notes for name, outcome in outcomes.items() if outcome.notes},
+        "largest_loss_difference": loss_differences(outcomes) if race.dropout == 0 else {},
+        "skipped": skipped,
+        "failed": failed,
+        "load_average": machine.describe(torch.device("cpu"))["load_average"],
+    }
+    if "llmforge" in outcomes and outcomes["llmforge"].profile:
+        result["time_by_operator"] = outcomes["llmforge"].profile
+    return result
+
+
+def loss_differences(outcomes: dict[str, turns.Outcome]) -> dict[str, float]:
+    """Of the first steps, between llmforge and those who run the same module: nothing else than rounding."""
+    ours = outcomes["llmforge"].notes if "llmforge" in outcomes else []
+    return {
+        name: max(abs(a - b) for a, b in zip(ours, outcomes[name].notes, strict=False))
+        for name in peers.SAME_MODULE
+        if name in outcomes and ours
+    }
+
+
+def _matmul_size(race: peers.Training) -> int:
+    return 8192 if race.device.type == "cuda" else 1024  # some CPUs multiply bfloat16 fifty times slower than float32
+
+
+def _matmul(race: peers.Training, turn: turns.Turn) -> None:
+    n = _matmul_size(race)
+    a, b = (torch.randn(n, n, device=race.device, dtype=getattr(torch, race.dtype)) for _ in range(2))
+    while True:
+        a @ b
+        turn()
+
+
+_matmul_speeds: dict[tuple[str, str, int | None], float] = {}
+
+
+def matmul_flops_per_second(race: peers.Training) -> float:
+    """Speed of a large square matrix product: what this device can do at most, here and now."""
+    key = (str(race.device), race.dtype, race.threads)
+    if key not in _matmul_speeds:
+        outcomes, _, _ = turns.take_turns({"matmul": _matmul}, race, blocks=5, block_seconds=0.1, warmup_steps=1)
+        _matmul_speeds[key] = 2 * _matmul_size(race) ** 3 / min(outcomes["matmul"].seconds) if outcomes else 0.0
+    return _matmul_speeds[key]
+
+
+def published_flops_per_second(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for known, tflops in PUBLISHED_TFLOPS.items() if known in name), None)
+
+
+def expected_seconds(
+    race: peers.Training,
+    contestants: int,
+    *,
+    blocks: int,
+    block_seconds: float,
+    warmup_steps: int = 3,
+    together: bool = True,
+) -> float:
+    """About how long `measure` takes: FLOPs over what such a device reaches, and starting, importing and compiling."""
+    on_gpu = (race.device_name or race.device.type).startswith("cuda")
+    known = published_flops_per_second(race.device) if torch.cuda.is_available() else None
+    peak = (known or PUBLISHED_TFLOPS["RTX 4070"] * 1e12) if on_gpu else 50e9 * (race.threads or 1)
+    shape = peers.describe(race)
+    step = shape["flops_per_token"] * race.tokens_per_step / (peak * (0.35 if on_gpu else 0.6))
+    start = (10 if on_gpu else 4) + (45 if race.compile else 0)
+    starts = 1 if together else 2
+    return contestants * (starts * (start + (warmup_steps + 1) * step) + blocks * max(step, block_seconds))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--preset", default="char-gpt" if cuda else "char-gpt-cpu", choices=list(GPTConfig.PRESETS))
+    presets = {name: family for family, (_, config) in peers.FAMILIES.items() for name in config.PRESETS}
+    parser.add_argument("--preset", default="char-gpt" if cuda else "char-gpt-cpu", choices=list(presets))
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--micro-batch-size", type=int)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16" if cuda else "float32"
+    )
+    parser.add_argument("--micro-batch-size", type=int, help="default: the preset's")
     parser.add_argument("--grad-accum-steps", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, help="default: the model's context")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--blocks", type=int, default=9, help="turns of each side; the first is a warm-up")
-    parser.add_argument("--steps-per-block", type=int, default=20)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--blocks", type=int, default=8, help="turns of each side")
+    parser.add_argument("--block-seconds", type=float, default=1.0)
+    parser.add_argument("--peers", nargs="+", default=list(peers.PEERS), choices=list(peers.PEERS))
     parser.add_argument("--name", help="result file under benchmarks/results (default: training-DEVICE-PRESET)")
     args = parser.parse_args()
-
-    steps = args.blocks * args.steps_per_block
-    model_config = GPTConfig.preset(args.preset, **({} if args.preset.startswith("gpt2") else {"vocab_size": 65}))
-    settings = {"max_steps": steps, "device": args.device, "dtype": args.dtype, "compile": args.compile}
-    settings["grad_accum_steps"] = args.grad_accum_steps
-    if args.micro_batch_size is not None:
-        settings["micro_batch_size"] = args.micro_batch_size
-    config = TrainConfig.preset(args.preset, **settings)
-    ids = np.random.default_rng(0).integers(0, model_config.vocab_size, 2_000_000).astype(np.uint16)
-    model = GPT(model_config)
-    trainer = Trainer(model, TokenDataset(ids, vocab_size=model_config.vocab_size), config=config)
-    device = trainer.device
-    peer_step = plain_loop(GPT(model_config).to(device), ids, config, trainer.dtype, device)
-
-    seconds: dict[str, list[float]] = {"llmforge": [], "plain_loop": []}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    peak_memory = 0
-    for block in range(args.blocks):
-        for name, step in (("llmforge", lambda: next(trainer)), ("plain_loop", peer_step)):
-            elapsed = time_block(step, args.steps_per_block, device)
-            if block > 0:
-                seconds[name].append(elapsed / args.steps_per_block)
-        if block == 0:
-            peak_memory = peak_memory_bytes(device)
-    tokens = config.micro_batch_size * config.grad_accum_steps * model_config.block_size
-    ours, plain = machine.spread(seconds["llmforge"]), machine.spread(seconds["plain_loop"])
-    flops_per_second = model.flops_per_token() * tokens / ours["median"]
-    peak = matmul_flops_per_second(device, trainer.dtype)
-    published = next((t for k, t in PUBLISHED_TFLOPS.items() if k in machine.describe(device)["device"]), None)
-    ratios = machine.spread([p / o for o, p in zip(seconds["llmforge"], seconds["plain_loop"], strict=True)])
+    published = peers.TrainConfig.PRESETS.get(args.preset, {})
+    race = peers.Training(
+        presets[args.preset], args.preset, {"vocab_size": 65} if args.preset.startswith("char") else {}, args.device, args.dtype,
+        args.compile, args.micro_batch_size or published.get("micro_batch_size", 1), args.grad_accum_steps, args.seq_len,
+        threads=args.threads,
+    )  # fmt: skip
+    names = ["llmforge", *(name for name in args.peers if name != "llmforge")]
+    result = measure(race, names, blocks=args.blocks, block_seconds=args.block_seconds, profiled=True)
     machine.write(
-        args.name or f"training-{device.type}-{args.preset}",
-        {
-            **machine.describe(device),
-            "preset": args.preset,
-            "parameters": model.num_params(),
-            "dtype": str(trainer.dtype).removeprefix("torch."),
-            "compile": args.compile,
-            "tokens_per_step": tokens,
-            "tokens_per_second": {
-                "llmforge": round(tokens / ours["median"]),
-                "plain_loop": round(tokens / plain["median"]),
-            },
-            "speed_over_plain_loop": {key: round(value, 3) for key, value in ratios.items()},
-            "seconds_per_step": {"llmforge": ours, "plain_loop": plain},
-            "peak_memory_bytes": peak_memory,
-            "model_tflops": round(flops_per_second / 1e12, 4),
-            "matmul_tflops": round(peak / 1e12, 4),
-            "mfu_of_measured_matmul": round(flops_per_second / peak, 3),
-            "mfu_of_published_peak": round(flops_per_second / (published * 1e12), 3) if published else None,
-        },
+        args.name or f"training-{race.device.type}-{args.preset}", {**machine.describe(race.device), **result}
     )
-
-
-def plain_loop(
-    model: GPT, ids: np.ndarray, config: TrainConfig, dtype: torch.dtype, device: torch.device
-) -> Callable[[], None]:
-    """One step of the classic loop, as a closure."""
-    optimizer = build_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    size, T = config.micro_batch_size, model.config.block_size
-    if config.compile:
-        model.compile()
-
-    def step() -> None:
-        for _ in range(config.grad_accum_steps):
-            starts = torch.randint(len(ids) - T - 1, (size,)).tolist()
-            x = torch.stack([torch.from_numpy(ids[s : s + T].astype(np.int64)) for s in starts]).to(device)
-            y = torch.stack([torch.from_numpy(ids[s + 1 : s + 1 + T].astype(np.int64)) for s in starts]).to(device)
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten()) / config.grad_accum_steps
-            scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def time_block(step: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Seconds for `steps` calls, the device's queue drained before and after."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of the device's allocator; on a CPU the process's largest resident size (both sides and torch itself included)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Speed of a large square matrix product: what this device can do at most, here and now."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-    a @ b
-    return 2 * n**3 / min(time_block(lambda: a @ b, 3, device) / 3 for _ in range(5))
 
 
 if __name__ == "__main__":
