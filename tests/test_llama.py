@@ -1,4 +1,4 @@
-"""Llama against transformers' Llama, Mistral, Qwen2 and Qwen3, in both directions; and the layers that it is made of."""
+"""Llama against transformers' Llama, Mistral, Qwen2, Qwen3 and Arcee, in both directions; and the layers that it is made of."""
 
 import copy
 import json
@@ -88,6 +88,20 @@ CASES = {
         dict(head_dim=16, **WINDOWED),
         dict(qk_norm=True, sliding_window=5, max_window_layers=1),
         dict(sliding_window=None),
+    ),
+    "arcee": ("Arcee", {}, dict(hidden_act="relu2"), dict(rope_theta=1_000.0)),
+    "arcee with all it has": (
+        "Arcee",
+        dict(attention_bias=True, mlp_bias=True, head_dim=24, tie_word_embeddings=True, rope_scaling=YARN),
+        dict(
+            hidden_act="relu2",
+            attention_bias=True,
+            mlp_bias=True,
+            head_dim=24,
+            tie_word_embeddings=True,
+            rope_scaling=YARN,
+        ),
+        dict(rope_scaling=None),
     ),
 }
 ALL = pytest.mark.parametrize("case", CASES)
@@ -244,7 +258,7 @@ def test_the_context_of_yarn_that_is_not_said_is_the_models(tmp_path):
     assert difference(read(tmp_path), model) < 1e-5
 
 
-@pytest.mark.parametrize("case", ["plain", "biases", "mistral", "qwen2 windowed", "qwen3"])
+@pytest.mark.parametrize("case", ["plain", "biases", "mistral", "qwen2 windowed", "qwen3", "arcee"])
 def test_gradients_are_transformers_gradients(case):
     model = theirs(case)
     mine = Llama(our_config(case)).train()
@@ -299,8 +313,10 @@ def test_a_model_built_on_meta_keeps_its_frequencies():
 
 # --- Sizes
 
+LLAMA_PRESETS = [name for name in LlamaConfig.PRESETS if name.startswith("llama")]  # the others: tests/test_modern.py
 
-@pytest.mark.parametrize("name", LlamaConfig.PRESETS)
+
+@pytest.mark.parametrize("name", LLAMA_PRESETS)
 def test_presets_have_the_size_that_transformers_counts(name):
     config = LlamaConfig.from_dict(LlamaConfig.PRESETS[name])
     with torch.device("meta"):
@@ -325,12 +341,12 @@ def test_presets_have_the_size_that_transformers_counts(name):
 
 def test_the_sizes_of_metas_models_are_the_published_ones():
     with torch.device("meta"):
-        sizes = {n: Llama(LlamaConfig.from_dict(LlamaConfig.PRESETS[n])).num_params() for n in LlamaConfig.PRESETS}
+        sizes = {n: Llama(LlamaConfig.from_dict(LlamaConfig.PRESETS[n])).num_params() for n in LLAMA_PRESETS}
     assert sizes["llama-3-8b"] == 8_030_261_248
     assert sizes["llama-3.2-1b"] == 1_235_814_400
 
 
-@pytest.mark.parametrize("case", ["plain", "multi-query", "wide heads", "qwen3"])
+@pytest.mark.parametrize("case", ["plain", "multi-query", "wide heads", "qwen3", "arcee"])
 def test_flops_are_what_torch_counts(case):
     model, T = ours(case), 48
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the fused kernel
@@ -362,6 +378,10 @@ def test_flops_are_what_torch_counts(case):
         (dict(rope_theta=math.nan), r"rope_theta \(nan\) must be above 0"),
         (dict(rope_theta=math.inf), r"rope_theta \(inf\) must be above 0"),
         (dict(attention_bias=True, qkv_bias=True), "attention_bias .* and qkv_bias .* exclude each other"),
+        (dict(hidden_act="gelu"), "hidden_act must be one of 'silu', 'relu2', got 'gelu'"),
+        (dict(residual_init="ones"), "residual_init must be one of 'scaled', 'zero', got 'ones'"),
+        (dict(final_logit_softcapping=0.0), r"final_logit_softcapping \(0.0\) must be above 0; null leaves"),
+        (dict(final_logit_softcapping=math.inf), r"final_logit_softcapping \(inf\) must be above 0"),
         (dict(attention_dropout=1.0), r"attention_dropout \(1.0\) must be at least 0 and below 1"),
         (dict(hidden_dim=3), "unknown LlamaConfig field 'hidden_dim'; did you mean 'hidden_size'"),
         (dict(rope_scaling=dict(rope_type="linear", factor=0.5)), r"factor \(0.5\) of rope_scaling must be at least 1"),
@@ -422,7 +442,9 @@ def test_an_absent_key_means_transformers_default(family):
 
 def test_an_unknown_model_type_is_refused_with_what_is_supported(folder):
     edit_config(folder, model_type="mamba")
-    with pytest.raises(ConvertError, match="of type 'mamba'; supported: gpt2, llama, bitnet, mistral, qwen2, qwen3$"):
+    with pytest.raises(
+        ConvertError, match="of type 'mamba'; supported: gpt2, llama, bitnet, mistral, qwen2, qwen3, arcee$"
+    ):
         load(folder)
 
 
@@ -563,7 +585,9 @@ def test_settings_that_no_model_type_has_together_are_refused(tmp_path, changes)
     chars = CharTokenizer.from_text("".join(map(chr, range(33, 131))))
     assert chars.vocab_size == 99
     for export in (export_hf, export_gguf):
-        with pytest.raises(ConvertError, match=r"\(llama, mistral, qwen2, qwen3\) has all of these settings together"):
+        with pytest.raises(
+            ConvertError, match=r"\(llama, mistral, qwen2, qwen3, arcee\) has all of these settings together"
+        ):
             export(ours(**changes), chars, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

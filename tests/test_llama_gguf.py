@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3 in the real llama.cpp, and their GGUF files read back."""
+"""Llama, Mistral, Qwen2, Qwen3 and Arcee in the real llama.cpp, and their GGUF files read back."""
 
 import warnings
 
@@ -43,6 +43,12 @@ CASES = {
     "qwen2 tied with yarn": ("qwen2", dict(qkv_bias=True, tie_word_embeddings=True, rope_scaling=YARN)),
     "qwen3": ("qwen3", dict(qk_norm=True, head_dim=32, rope_theta=1e6)),
     "qwen3 tied with linear": ("qwen3", dict(qk_norm=True, tie_word_embeddings=True, rope_scaling=LINEAR)),
+    "arcee": ("arcee", dict(hidden_act="relu2")),
+    "arcee tied with llama3": (
+        "arcee",
+        dict(hidden_act="relu2", tie_word_embeddings=True, rope_theta=500_000.0, rope_scaling=LLAMA3),
+    ),
+    "arcee with yarn": ("arcee", dict(hidden_act="relu2", head_dim=24, rope_scaling=YARN)),
 }
 ALL = pytest.mark.parametrize("case", CASES)
 
@@ -97,7 +103,14 @@ def test_llama_cpp_computes_nearly_the_same_from_smaller_types(tmp_path, case, f
 def test_rows_that_turn_in_pairs_are_put_side_by_side(tmp_path, monkeypatch):
     """What the KL of a file without would be; and that qwen2 needs none."""
     monkeypatch.setattr(llama, "reordered", lambda config, tensors, change: dict(tensors))
-    for case, wrong in [("plain", True), ("multi-query", True), ("biases", True), ("qwen2", False), ("qwen3", False)]:
+    for case, wrong in [
+        ("plain", True),
+        ("multi-query", True),
+        ("biases", True),
+        ("arcee", True),
+        ("qwen2", False),
+        ("qwen3", False),
+    ]:
         export_gguf(toy(case), CHARS, tmp_path / "x.gguf", file_type="F32")
         assert (kl_of(tmp_path / "x.gguf", toy(case)) > 1e-3) == wrong
 
@@ -353,7 +366,11 @@ def test_keys_of_the_converter_that_change_nothing_are_known(tmp_path):
         ),
         (dict(block_count=3), CheckpointError, "does not fit its metadata; missing: model.layers.2"),
         (dict(embedding_length=128), CheckpointError, "of another shape: model.embed_tokens.weight"),
-        (dict(arch="mamba"), ConvertError, "architecture 'mamba'; supported: gpt2, llama, bitnet, qwen2, qwen3$"),
+        (
+            dict(arch="mamba"),
+            ConvertError,
+            "architecture 'mamba'; supported: gpt2, llama, bitnet, qwen2, qwen3, arcee$",
+        ),
     ],
     ids=str,
 )

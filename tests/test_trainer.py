@@ -640,7 +640,7 @@ def test_optimizers_by_name():
     assert type(build_optimizer(model, TrainConfig(max_steps=1, optimizer="adamw8bit"))).__name__ == "AdamW8bit"
     with pytest.raises(ConfigError, match="'paged_adamw8bit' needs an NVIDIA GPU and bitsandbytes"):
         build_optimizer(model, TrainConfig(max_steps=1, optimizer="paged_adamw8bit"))
-    with pytest.raises(ConfigError, match=r"optimizer \('sgd'\) must be 'adamw', 'adamw8bit' or 'paged_adamw8bit'"):
+    with pytest.raises(ConfigError, match=r"optimizer \('sgd'\) must be 'adamw', 'muon', 'adamw8bit' or 'paged_adamw8bit'"):
         TrainConfig(max_steps=1, optimizer="sgd")
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="no trainable parameter"):

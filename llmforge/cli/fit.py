@@ -92,7 +92,7 @@ def _plan(config: "FinetuneConfig", seq_len: int) -> "MemoryPlan":
         seq_len=seq_len,
         embedding_on_host=config.offload_embedding,
         activation_checkpointing=config.activation_checkpointing,
-        optimizer=train.optimizer,
+        optimizer="adamw" if train.optimizer == "muon" else train.optimizer,  # which is not for adapters
         mlp_tiles=config.mlp_tiles,
     )
 

@@ -79,10 +79,12 @@ class RunConfig(Config):
     TOKENIZERS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "char-gpt": {"kind": "char"},
         "char-gpt-cpu": {"kind": "char"},
+        "modern": {"kind": "char"},
         **{
             name: {"kind": "bpe", "vocab_size": values["vocab_size"]}
             for family in ("llama", "bitnet")
             for name, values in FAMILIES[family][0].PRESETS.items()
+            if "vocab_size" in values
         },
         "bit-gpt": {"kind": "bpe", "vocab_size": 8192},
     }

@@ -43,6 +43,10 @@ class Family(ABC):
         """Whether the family has all that this config of `config_class` says."""
         return True
 
+    def refusal(self, config: Any) -> str | None:
+        """Which settings keep a config out of all model types of its class, and the way out; None = nothing can be said."""
+        return None
+
     def reads_hf(self, values: Mapping[str, Any]) -> bool:
         """Whether a config.json describes a model of the family."""
         return values.get("model_type") == self.hf_model_type

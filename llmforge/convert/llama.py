@@ -1,14 +1,15 @@
-"""Llama as Hugging Face's and llama.cpp's llama, mistral, qwen2 and qwen3: what their files call it, and where they differ from it.
+"""Llama as Hugging Face's and llama.cpp's llama, mistral, qwen2, qwen3 and arcee: what their files call it, and where they differ from it.
 
 The parameter names and most config fields are Hugging Face's already. What differs:
     model types  one model here, four there: chosen by the fields that only one of them has.
     rope         transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters; both are read, the first written,
                  which transformers 5 reads too.
-    neighbours   llama.cpp's arch llama turns neighbouring pairs: the rows of q and k are put in that order. qwen2 and qwen3 turn
-                 halves as we do.
+    neighbours   llama.cpp's archs llama and arcee turn neighbouring pairs: the rows of q and k are put in that order. qwen2 and
+                 qwen3 turn halves as we do.
     llama3       llama.cpp takes the stretch of each pair from the tensor rope_freqs.
 
-Source: transformers' modeling_llama.py, modeling_mistral.py, modeling_qwen2.py, modeling_qwen3.py; llama.cpp's archs of these names.
+Source: transformers' modeling_llama.py, modeling_mistral.py, modeling_qwen2.py, modeling_qwen3.py, modeling_arcee.py; llama.cpp's archs
+of these names.
 """
 
 import math
@@ -82,6 +83,7 @@ class HFLlama(Family):
     hf_ignored = "pretraining_tp"  # how a sum was split among machines
 
     gguf_arch = "llama"
+    turns_neighbours = True  # llama.cpp, in this arch
     gguf_names = GGUF_NAMES
     layers_prefix = "model.layers."
     gguf_fields: ClassVar = {
@@ -96,7 +98,20 @@ class HFLlama(Family):
     }
 
     def expresses(self, config: LlamaConfig) -> bool:
-        return not (config.qkv_bias or config.qk_norm or config.sliding_window)
+        return _is_gated(config) and not (config.qkv_bias or config.qk_norm or config.sliding_window)
+
+    def refusal(self, config: LlamaConfig) -> str | None:
+        if config.final_logit_softcapping is not None:
+            return (
+                f"final_logit_softcapping ({config.final_logit_softcapping:g}) is computed for Gemma 2 alone, whose blocks are others; "
+                "train with final_logit_softcapping=null, or use the model in torch"
+            )
+        if config.hidden_act == "relu2" and (config.qk_norm or config.qkv_bias or config.sliding_window is not None):
+            return (
+                "a feed-forward of squared ReLU (hidden_act='relu2') is the model type arcee, which has no qk_norm, qkv_bias or "
+                "sliding_window; train without these, or with hidden_act='silu'"
+            )
+        return None
 
     def own_name(self, hf_name: str) -> str | None:
         return None if _FREQUENCIES.fullmatch(hf_name) else hf_name
@@ -122,9 +137,9 @@ class HFLlama(Family):
                 f"llama.cpp has no sliding window for this model: it computes the same up to {config.sliding_window} tokens, and "
                 "attends to all of them beyond"
             )
-        tensors = reordered(config, tensors, to_neighbours) if self.gguf_arch == "llama" else dict(tensors)
+        tensors = reordered(config, tensors, to_neighbours) if self.turns_neighbours else dict(tensors)
         if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
-            if self.gguf_arch != "llama":
+            if not self.turns_neighbours:
                 raise ConvertError(
                     f"llama.cpp has no rope_scaling of the rope_type 'llama3' for {self.hf_model_type}; linear and yarn it has"
                 )
@@ -157,7 +172,7 @@ class HFLlama(Family):
         stretch = tensors.pop(_ROPE_FREQS, None)
         if stretch is not None:
             values["rope_scaling"] = _llama3_from_stretch(config, stretch)
-        return values, reordered(config, tensors, to_halves) if self.gguf_arch == "llama" else tensors
+        return values, reordered(config, tensors, to_halves) if self.turns_neighbours else tensors
 
     def gguf_metadata(self, config: LlamaConfig) -> dict[str, Any]:
         metadata: dict[str, Any] = {
@@ -207,7 +222,7 @@ class HFMistral(HFLlama):
 
     def expresses(self, config: LlamaConfig) -> bool:
         others = (config.qkv_bias, config.qk_norm, config.attention_bias, config.mlp_bias, config.max_window_layers)
-        return config.sliding_window is not None and not any(others)
+        return _is_gated(config) and config.sliding_window is not None and not any(others)
 
 
 class HFQwen2(HFLlama):
@@ -227,9 +242,10 @@ class HFQwen2(HFLlama):
     implied: ClassVar = {"qkv_bias": True}
     hf_required: ClassVar = {**HFLlama.hf_required, "use_mrope": False}
     gguf_arch = "qwen2"
+    turns_neighbours = False
 
     def expresses(self, config: LlamaConfig) -> bool:
-        return config.qkv_bias and not (config.qk_norm or config.mlp_bias)
+        return _is_gated(config) and config.qkv_bias and not (config.qk_norm or config.mlp_bias)
 
     def config_to_hf(self, config: LlamaConfig) -> dict[str, Any]:
         windowed = config.sliding_window is not None
@@ -266,7 +282,41 @@ class HFQwen3(HFQwen2):
     gguf_arch = "qwen3"
 
     def expresses(self, config: LlamaConfig) -> bool:
-        return config.qk_norm and not (config.qkv_bias or config.mlp_bias)
+        return _is_gated(config) and config.qk_norm and not (config.qkv_bias or config.mlp_bias)
+
+
+class HFArcee(HFLlama):
+    """Llama with a feed-forward of squared ReLU, without a gate."""
+
+    hf_model_type = "arcee"
+    hf_architecture = "ArceeForCausalLM"
+    hf_fields: ClassVar = {
+        **HFLlama.hf_fields,
+        "hidden_size": ("hidden_size", 2560),
+        "intermediate_size": ("intermediate_size", 18_432),
+        "max_position_embeddings": ("max_position_embeddings", 4096),
+        "rms_norm_eps": ("rms_norm_eps", 1e-5),
+    }
+    hf_fixed: ClassVar = {"hidden_act": "relu2"}
+    implied: ClassVar = {"hidden_act": "relu2"}
+    gguf_arch = "arcee"
+
+    def expresses(self, config: LlamaConfig) -> bool:
+        others = (config.qkv_bias, config.qk_norm, config.sliding_window, config.final_logit_softcapping)
+        return config.hidden_act == "relu2" and not any(others)
+
+    def to_gguf(self, config: LlamaConfig, tensors: Tensors) -> tuple[LlamaConfig, Tensors, list[str]]:
+        if config.attention_bias or config.mlp_bias:
+            raise ConvertError(
+                "llama.cpp's arch arcee has no biases, and this model has attention_bias or mlp_bias; train without, or export it for "
+                "transformers"
+            )
+        return super().to_gguf(config, tensors)
+
+
+def _is_gated(config: LlamaConfig) -> bool:
+    """What all but Arcee have in common: SwiGLU, and logits as they are."""
+    return config.hidden_act == "silu" and config.final_logit_softcapping is None
 
 
 def _rope_from_hf(values: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from llmforge.convert.base import Family, Tensors
 from llmforge.convert.bitnet import FloatBitNet, HFBitNet, TernaryLlama
 from llmforge.convert.bitsandbytes import lazy_nf4, nf4_of
 from llmforge.convert.gpt2 import GPT2
-from llmforge.convert.llama import HFLlama, HFMistral, HFQwen2, HFQwen3
+from llmforge.convert.llama import HFArcee, HFLlama, HFMistral, HFQwen2, HFQwen3
 from llmforge.errors import CheckpointError, ConfigError, ConvertError, some
 from llmforge.finetune.quantize import NF4Config, embeddings, empty_linear4bit, in_8_bits, quantizable
 from llmforge.formats.lazy import LazyTensor
@@ -38,6 +38,7 @@ FAMILIES: list[Family] = [
     HFMistral(),
     HFQwen2(),
     HFQwen3(),
+    HFArcee(),
 ]
 
 
@@ -120,6 +121,9 @@ def family_of(config: Any) -> Family:
         if family.expresses(config):
             return family
     known = ", ".join(family.hf_model_type for family in families)
+    reason = next((reason for family in families if (reason := family.refusal(config))), None)
+    if reason is not None:
+        raise ConvertError(f"no model type that other programs know ({known}) has this model's settings: {reason}")
     raise ConvertError(f"no model type that other programs know ({known}) has all of these settings together: {config}")
 
 

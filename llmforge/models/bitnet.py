@@ -61,7 +61,7 @@ class BitNetConfig(LlamaConfig):
     }  # fmt: skip
 
     sub_norm: bool = False  # RMSNorm before o_proj and before down_proj
-    hidden_act: Literal["silu", "relu2"] = "silu"  # of the gate; "relu2": the square of ReLU
+    hidden_act: Literal["silu", "relu2"] = "silu"  # of the gate, which is there always; "relu2": the square of ReLU
     # Activations: one scale per token as transformers computes, per 256 values as llama.cpp does, or floats.
     act_quant: Literal["token", "group", "none"] = "token"
     scale_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # bfloat16: files hold exactly what was trained
@@ -72,7 +72,14 @@ class BitNetConfig(LlamaConfig):
             check_ternary_width(name, getattr(self, name))
         super().__post_init__()
         check_ternary_width("num_attention_heads * head_dim", self.num_attention_heads * self.head_width)
-        for name in ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm", "sliding_window"):
+        for name in (
+            "attention_bias",
+            "qkv_bias",
+            "mlp_bias",
+            "qk_norm",
+            "sliding_window",
+            "final_logit_softcapping",
+        ):
             if getattr(self, name):
                 raise ConfigError(f"{name} ({getattr(self, name)}) is not for BitNet, which no engine runs with it")
         if (rows := self.kv_heads * self.head_width) % 4:

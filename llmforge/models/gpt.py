@@ -79,6 +79,9 @@ class GPTConfig(ModelConfig):
     tie_word_embeddings: bool = True  # lm_head.weight is the token embedding
     # "gelu_new": the tanh form, as GPT-2 and llama.cpp; "gelu": the erf form, as nanoGPT; "relu", which llama.cpp does not compute.
     activation_function: Literal["gelu_new", "gelu", "relu"] = "gelu_new"
+    # Of new models: what adds to the residual stream begins scaled down by the 2L additions (GPT-2), or with zeros, so that each
+    # block begins as the identity. A trained model does not know.
+    residual_init: Literal["scaled", "zero"] = "scaled"
     ternary: bool = False  # BitLinear in the blocks: weights of -1, 0, 1 times a scale
     act_quant: Literal["token", "group", "none"] = "token"  # of BitLinear: the scales of its 8-bit activations
 
@@ -97,6 +100,8 @@ class GPTConfig(ModelConfig):
             raise ConfigError(
                 f"activation_function ({self.activation_function!r}) must be 'gelu_new', 'gelu' or 'relu'"
             )
+        if self.residual_init not in ("scaled", "zero"):
+            raise ConfigError(f"residual_init ({self.residual_init!r}) must be 'scaled' or 'zero'")
         if self.act_quant not in ("token", "group", "none"):
             raise ConfigError(f"act_quant ({self.act_quant!r}) must be 'token', 'group' or 'none'")
         if self.ternary:
@@ -109,6 +114,8 @@ class GPTConfig(ModelConfig):
 
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and the past."""
+
+    matrices_of: ClassVar[Mapping[str, int]] = {"c_attn": 3}  # q, k and v, for optimizers of matrices
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -214,11 +221,14 @@ class GPT(LanguageModel):
             replace_linear_(self, BitLinear, act_quant=config.act_quant)
 
     def _init_weights(self) -> None:
-        """GPT-2's initialisation: N(0, 0.02); what adds to the residual stream is scaled down by the 2L additions it makes."""
+        """GPT-2's initialisation: N(0, 0.02); what adds to the residual stream is scaled down by the 2L additions it makes, or zero."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 residual = name.endswith("c_proj")
-                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                if residual and self.config.residual_init == "zero":
+                    std = 0.0  # drawn all the same: the other weights do not depend on it
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 

@@ -1,25 +1,26 @@
-"""Llama: the family of Llama 2 and 3, TinyLlama, SmolLM, Mistral, Qwen2 and Qwen3, with Hugging Face's field and parameter names.
+"""Llama: the family of Llama 2 and 3, TinyLlama, SmolLM, Mistral, Qwen2, Qwen3 and Arcee, with Hugging Face's field and parameter names.
 
 Rotary positions, pre-norm blocks with RMSNorm, grouped-query attention, SwiGLU feed-forward. What the relatives add is a field each:
-biases of q, k and v (Qwen2), norms of the heads of q and k (Qwen3), a sliding window (Mistral).
+biases of q, k and v (Qwen2), norms of the heads of q and k (Qwen3), a sliding window (Mistral), a feed-forward of squared ReLU
+without a gate (Arcee).
 
 Shapes: B batch, T tokens, C = hidden_size, H = num_attention_heads, K = num_key_value_heads, D = head_dim, F = intermediate_size,
 V = vocab_size, L = num_hidden_layers.
 
 Parameters, without biases:
     embedding   V*C, and V*C for the output projection where it is not tied
-    each block  attention 2*C*H*D + 2*C*K*D,  feed-forward 3*C*F,  two norms 2*C,  with qk_norm 2*D
+    each block  attention 2*C*H*D + 2*C*K*D,  feed-forward 3*C*F (2*C*F of relu2),  two norms 2*C,  with qk_norm 2*D
     final norm  C
     llama-3-8b: V=128256, C=4096, H=32, K=8, D=128, F=14336, L=32, untied, gives 8,030,261,248.
 
 Sources: Touvron et al. 2023, arXiv:2302.13971; Llama team 2024, arXiv:2407.21783; Jiang et al. 2023, arXiv:2310.06825 (Mistral);
-Qwen team, arXiv:2407.10671 (Qwen2) and arXiv:2505.09388 (Qwen3).
+Qwen team, arXiv:2407.10671 (Qwen2) and arXiv:2505.09388 (Qwen3); transformers' modeling_arcee.py.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -33,6 +34,8 @@ from llmforge.nn import (
     KVCache,
     RMSNorm,
     RopeScaling,
+    SoftCappedLinear,
+    SquaredReLU,
     SwiGLU,
     apply_rope,
     attention_mask,
@@ -58,6 +61,11 @@ class LlamaConfig(ModelConfig):
 
     FAMILY: ClassVar[str] = "llama"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # As large as char-gpt-cpu, with what learns faster per token and any engine runs (as qwen3); vocab_size from the tokenizer.
+        "modern": dict(
+            hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64,
+            tie_word_embeddings=True, qk_norm=True, residual_init="zero",
+        ),
         # For training from scratch. All widths are multiples of 256, so that every tensor can be a K-quant; names count the
         # parameters with this vocabulary, which the tokenizer of a run replaces.
         "llama-15m": dict(
@@ -107,6 +115,13 @@ class LlamaConfig(ModelConfig):
     sliding_window: int | None = None  # how many tokens a token sees, itself included (Mistral); None = all of the past
     max_window_layers: int = 0  # so many layers at the beginning do without the window
     attention_dropout: float = 0.0  # of attention weights, in training
+    # Feed-forward: "silu" is SwiGLU; "relu2" the square of ReLU without a gate (Arcee), for which intermediate_size is usually 4 C.
+    hidden_act: Literal["silu", "relu2"] = "silu"
+    # Logits are cap * tanh(logits / cap), 30 in Gemma 2; no file of this family can say so, so that such a model stays in torch.
+    final_logit_softcapping: float | None = None
+    # Of new models: what adds to the residual stream begins scaled down by the 2L additions (GPT-2), or with zeros, so that each
+    # block begins as the identity. A trained model does not know.
+    residual_init: Literal["scaled", "zero"] = "scaled"
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -134,6 +149,12 @@ class LlamaConfig(ModelConfig):
             raise ConfigError("attention_bias (q, k, v and o) and qkv_bias (q, k and v) exclude each other; set one")
         if not 0.0 <= self.attention_dropout < 1.0:
             raise ConfigError(f"attention_dropout ({self.attention_dropout}) must be at least 0 and below 1")
+        for name, known in (("hidden_act", ("silu", "relu2")), ("residual_init", ("scaled", "zero"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} ({getattr(self, name)!r}) must be one of {', '.join(map(repr, known))}")
+        cap = self.final_logit_softcapping
+        if cap is not None and not (math.isfinite(cap) and cap > 0):
+            raise ConfigError(f"final_logit_softcapping ({cap}) must be above 0; null leaves the logits as they are")
 
     @property
     def kv_heads(self) -> int:
@@ -192,7 +213,8 @@ class Block(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        feed_forward = SwiGLU if config.hidden_act == "silu" else SquaredReLU
+        self.mlp: nn.Module = feed_forward(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp_tiles = 1  # see LanguageModel.set_mlp_tiles
@@ -272,18 +294,21 @@ class Llama(LanguageModel):
         self.config = config
         self.context_length = config.max_position_embeddings
         self.model = Transformer(config, self.block_class)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        sizes, cap = (config.hidden_size, config.vocab_size), config.final_logit_softcapping
+        self.lm_head = nn.Linear(*sizes, bias=False) if cap is None else SoftCappedLinear(*sizes, bias=False, cap=cap)
         self._init_weights()
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _init_weights(self) -> None:
-        """N(0, 0.02); what adds to the residual stream is scaled down by the 2L additions it makes, as in GPT-2."""
+        """N(0, 0.02); what adds to the residual stream is scaled down by the 2L additions it makes, as in GPT-2, or zero."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 residual = name.endswith(("o_proj", "down_proj"))
-                scale = math.sqrt(2 * self.config.num_hidden_layers) if residual else 1.0
-                nn.init.normal_(module.weight, std=0.02 / scale)
+                std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if residual else 0.02
+                if residual and self.config.residual_init == "zero":
+                    std = 0.0  # drawn all the same: the other weights do not depend on it
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -296,14 +321,14 @@ class Llama(LanguageModel):
     def flops_per_token(self, seq_len: int | None = None) -> int:
         """FLOPs of training on one token, forward and backward, in a sequence of `seq_len` tokens (None: the whole context).
 
-        6 per weight of a matrix, 2 forward and 4 backward: L * (2*C*H*D + 2*C*K*D + 3*C*F) in the blocks and V*C in the output
-        projection. Attention: 12 * L * T * H * D, the causal half that a kernel may skip and, with a sliding window, T capped by it
+        6 per weight of a matrix, 2 forward and 4 backward: L * (2*C*H*D + 2*C*K*D + 3*C*F) in the blocks (2*C*F of relu2) and V*C in
+        the output projection. Attention: 12 * L * T * H * D, the causal half that a kernel may skip and, with a sliding window, T capped by it
         not subtracted. Source: Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022 (PaLM), appendix B.
         """
         c = self.config
         attention = 2 * c.hidden_size * c.head_width * (c.num_attention_heads + c.kv_heads)
-        matrix_weights = (
-            c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size) + c.vocab_size * c.hidden_size
-        )
+        matrices = 3 if isinstance(self.model.layers[0].mlp, SwiGLU) else 2
+        feed_forward = matrices * c.hidden_size * c.intermediate_size
+        matrix_weights = c.num_hidden_layers * (attention + feed_forward) + c.vocab_size * c.hidden_size
         T = seq_len or c.max_position_embeddings
         return 6 * matrix_weights + 12 * c.num_hidden_layers * T * c.num_attention_heads * c.head_width

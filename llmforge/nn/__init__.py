@@ -12,12 +12,13 @@ from llmforge.nn.host import HostEmbedding, HostEmbedding8bit, allocates_on_host
 from llmforge.nn.int8 import Embedding8bit, Int8Matrix, Linear8bit
 from llmforge.nn.kv_cache import KVCache, StaticKVCache
 from llmforge.nn.linear4bit import Linear4bit
-from llmforge.nn.mlp import SwiGLU
+from llmforge.nn.mlp import SquaredReLU, SwiGLU
 from llmforge.nn.norm import LayerNorm, RMSNorm
 from llmforge.nn.packed import PackedBitLinear, pack_
 from llmforge.nn.recompute import Checkpointing, checkpointed, in_tiles
 from llmforge.nn.replace import replace_linear_
 from llmforge.nn.rope import RopeScaling, apply_rope, rope_angles, rope_frequencies
+from llmforge.nn.softcap import SoftCappedLinear
 
 __all__ = [
     "BitLinear",
@@ -35,6 +36,8 @@ __all__ = [
     "PackedBitLinear",
     "RMSNorm",
     "RopeScaling",
+    "SoftCappedLinear",
+    "SquaredReLU",
     "StaticKVCache",
     "SwiGLU",
     "allocates_on_host",

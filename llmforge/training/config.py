@@ -60,6 +60,19 @@ class TrainConfig(Config):
             betas=(0.9, 0.99),
             eval_batches=20,
         ),
+        # A fifth of those tokens for the same loss: benchmarks/results/loss-per-token.json.
+        "modern": dict(
+            max_steps=400,
+            micro_batch_size=12,
+            lr=3e-3,
+            min_lr=0.0,
+            schedule="linear",
+            warmup_steps=20,
+            optimizer="muon",
+            betas=(0.9, 0.99),
+            eval_every_steps=100,
+            eval_batches=20,
+        ),
         # nanoGPT's config/train_gpt2.py: 12 x 1024 tokens per micro-step, about half a million tokens per step.
         **{
             name: dict(
@@ -132,9 +145,12 @@ class TrainConfig(Config):
     quantize_warmup_steps: int = (
         0  # BitLinear: steps after that over which the rounding grows, for models trained as floats
     )
-    # adamw8bit: its state in 8 bits, from bitsandbytes where that is installed and the model on a GPU, else plain torch.
+    # muon: orthogonal updates for the matrices of hidden layers, AdamW for the rest. adamw8bit: its state in 8 bits, from bitsandbytes where that is installed and the model on a GPU, else plain torch.
     # paged_adamw8bit (bitsandbytes and CUDA only): the state moves to the host's memory when the GPU's is full.
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "muon", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    muon_lr: float = (
+        0.02  # muon only: learning rate of the matrices after the warm-up; it follows the schedule as lr does
+    )
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW; 0.99 for the second when a step has few tokens
     grad_clip: float | None = 1.0  # largest global L2 norm of the gradient; None = never clip
 
@@ -228,8 +244,12 @@ class TrainConfig(Config):
             raise ConfigError(f"betas ({self.betas}) must be two numbers, each at least 0 and below 1")
         if self.grad_clip is not None and self.grad_clip <= 0.0:
             raise ConfigError(f"grad_clip ({self.grad_clip}) must be above 0; null never clips")
-        if self.optimizer not in ("adamw", "adamw8bit", "paged_adamw8bit"):
-            raise ConfigError(f"optimizer ({self.optimizer!r}) must be 'adamw', 'adamw8bit' or 'paged_adamw8bit'")
+        if self.optimizer not in ("adamw", "muon", "adamw8bit", "paged_adamw8bit"):
+            raise ConfigError(
+                f"optimizer ({self.optimizer!r}) must be 'adamw', 'muon', 'adamw8bit' or 'paged_adamw8bit'"
+            )
+        if not 0.0 < self.muon_lr < 10.0:
+            raise ConfigError(f"muon_lr ({self.muon_lr}) must be above 0 and below 10; 0.02 suits most models")
         if self.activation_checkpointing not in ("none", "blocks", "offload"):
             raise ConfigError(
                 f"activation_checkpointing ({self.activation_checkpointing!r}) must be 'none', 'blocks' or 'offload'"

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with weight decay on matrices only."""
+"""The optimizer: AdamW with weight decay on matrices only, or Muon beside it."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -9,10 +9,13 @@ from torch import nn
 
 from llmforge.errors import ConfigError
 from llmforge.training.config import TrainConfig
+from llmforge.training.muon import Muon, hidden_matrices
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; what has two or more dimensions decays, norms and biases do not (GPT-3, nanoGPT).
+
+    With optimizer="muon" the matrices of hidden layers are Muon's; see `hidden_matrices`.
 
     One fused kernel does the update where torch has one for the device.
 
@@ -22,14 +25,18 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ConfigError("the model has no trainable parameter; apply_lora_ it, or call requires_grad_(True)")
+    fused = all(p.device.type in ("cuda", "cpu", "mps") and p.is_floating_point() for p in params)
+    matrices = hidden_matrices(model) if config.optimizer == "muon" else {}
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.ndim >= 2 and p not in matrices], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if config.optimizer == "muon":
+        others = [{**group, "betas": config.betas, "fused": fused} for group in groups]
+        return Muon(matrices, others, lr=config.lr, muon_lr=config.muon_lr, weight_decay=config.weight_decay)
     if config.optimizer != "adamw":
         adamw = _adamw_8bit(config.optimizer, on_cuda=all(p.is_cuda for p in params))
         return adamw([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
-    fused = all(p.device.type in ("cuda", "cpu", "mps") and p.is_floating_point() for p in params)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
 

@@ -177,7 +177,7 @@ class Trainer:
         config = self.config
         lr = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         if config.decay_weights_fraction < 1:
             decays = weight_decay_applies(self.step, config)
             for group, weight_decay in zip(self.optimizer.param_groups, self._weight_decays, strict=False):
