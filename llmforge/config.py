@@ -195,7 +195,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if origin is tuple:
         items = typing.get_args(hint)
         if isinstance(value, str):
-            value = value.strip("[]() ").split(",")
+            value = [item.strip() for item in value.strip("[]() ").split(",") if item.strip()]
         if not isinstance(value, (list, tuple)) or (items[-1] is not Ellipsis and len(items) != len(value)):
             raise ConfigError(f"{name} must be {_describe(hint)}, got {shown(value)}")
         if items[-1] is Ellipsis:

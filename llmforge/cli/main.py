@@ -18,6 +18,7 @@ from llmforge.cli import (
     info,
     merge,
     quantize,
+    runs,
     train,
     verify,
 )
@@ -38,6 +39,7 @@ _COMMANDS = {
     "compare": compare,
     "deploy": deploy,
     "info": info,
+    "runs": runs,
 }
 
 

@@ -270,7 +270,7 @@ def report(result: "TrainResult", trainer: "Trainer") -> None:
         print(f"         the best validation loss was {result.best_val_loss:.4f} at step {result.best_step}: "
               f"--checkpoint best uses it")  # fmt: skip
     if trainer.out_dir is not None:
-        write_loss_curve(trainer.out_dir / "log.jsonl", trainer.out_dir / "loss.png")
+        write_loss_curve(trainer.out_dir)
         print(
-            f"files    {trainer.out_dir}: {result.checkpoint.name if result.checkpoint else 'no new checkpoint'}, log.jsonl, loss.png"
+            f"files    {trainer.out_dir}: {result.checkpoint.name if result.checkpoint else 'no new checkpoint'}, log.jsonl, loss.png, loss.html"
         )

@@ -152,6 +152,7 @@ class TrainConfig(Config):
     seed: int = 1337  # of the data order and dropout; the initial weights come from whoever built the model
 
     log_every_steps: int = 10  # lines in log.jsonl
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # get the same; each is an extra of its name
     eval_every_steps: int | None = 250  # validation loss; None = only at the end
     eval_batches: int | None = 50  # micro-batches per evaluation, always the same ones; None = the whole validation set
     sample_every_steps: int | None = 250  # a text sample, where there is a tokenizer; None = never
@@ -233,6 +234,13 @@ class TrainConfig(Config):
         if self.activation_checkpointing not in ("none", "blocks", "offload"):
             raise ConfigError(
                 f"activation_checkpointing ({self.activation_checkpointing!r}) must be 'none', 'blocks' or 'offload'"
+            )
+        for name in self.trackers:
+            if name not in ("tensorboard", "wandb", "mlflow"):
+                raise ConfigError(f"trackers ({name!r}) must be of 'tensorboard', 'wandb' and 'mlflow'")
+        if self.trackers and self.out_dir is None:
+            raise ConfigError(
+                f"trackers ({', '.join(self.trackers)}) need a run folder, where a resumed run finds them again; set out_dir"
             )
         if self.dtype not in ("float32", "tf32", "bfloat16", "float16", None):
             raise ConfigError(

@@ -3,14 +3,18 @@
 import json
 import math
 import os
+import sys
+import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from llmforge.formats.atomic import atomic_file
 
@@ -26,6 +30,8 @@ class StepMetrics:
     loss_tensor: Tensor  # mean over the targets of the step, nats
     grad_norm_tensor: Tensor  # global L2 norm before clipping
     skipped_tensor: Tensor  # bool
+    flops: float | None = None  # of the model in this step, on all devices; None: it does not say
+    peak_flops: float | None = None  # FLOP/s that all devices together can do; None: not known
 
     @property
     def loss(self) -> float:
@@ -45,6 +51,16 @@ class StepMetrics:
     @property
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds
+
+    @property
+    def flops_per_second(self) -> float | None:
+        """FLOPs that the model needs for its tokens, per second: what is computed twice (recomputed blocks) counts once."""
+        return None if self.flops is None else self.flops / self.seconds
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilization, 0..1: `flops_per_second` over the devices' peak (Chowdhery et al. 2022, PaLM, appendix B)."""
+        return None if self.flops is None or self.peak_flops is None else self.flops / self.seconds / self.peak_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +101,103 @@ class TrainResult:
     checkpoint: Path | None  # the last one written
 
 
+class Throughput:
+    """Tokens per second of the last steps, without what the run does beside them.
+
+    Wall time from step to step: a GPU works off its queue later than `StepMetrics.seconds` knows.
+
+    Args:
+        window_seconds: how far back to look; the last `min_steps` steps count in any case.
+    """
+
+    def __init__(self, *, window_seconds: float = 20.0, min_steps: int = 10) -> None:
+        self._window_seconds, self._min_steps = window_seconds, min_steps
+        self._steps: deque[tuple[float, int, float]] = deque()  # seconds, tokens, FLOPs
+        self._seconds, self._tokens, self._flops = 0.0, 0, 0.0
+        self._is_first = True
+        self._last = self._begun = time.perf_counter()
+        self.seconds = 0.0  # of all steps
+        self.tokens = 0  # of all steps
+
+    def step(self, num_tokens: int, flops: float | None = None) -> None:
+        """A step is done."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self.seconds += seconds
+        self.tokens += num_tokens
+        if self._is_first and self._steps:  # compiling and warming up are in the first step only
+            self._is_first = False
+            self._steps.clear()
+            self._seconds, self._tokens, self._flops = 0.0, 0, 0.0
+        self._steps.append((seconds, num_tokens, flops or 0.0))
+        self._add(self._steps[-1], 1)
+        while len(self._steps) > self._min_steps and self._seconds - self._steps[0][0] >= self._window_seconds:
+            self._add(self._steps.popleft(), -1)
+
+    def resume(self) -> None:
+        """The time since the last step was no step's: an evaluation, a sample, a checkpoint."""
+        self._last = time.perf_counter()
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens / max(self._seconds, 1e-9)
+
+    @property
+    def flops_per_second(self) -> float:
+        return self._flops / max(self._seconds, 1e-9)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """With its share of what the run does beside the steps: what an ETA is made of."""
+        overhead = (time.perf_counter() - self._begun) / max(self.seconds, 1e-9)
+        return self._seconds / max(1, len(self._steps)) * max(1.0, overhead)
+
+    def _add(self, step: tuple[float, int, float], sign: int) -> None:
+        seconds, tokens, flops = step
+        self._seconds, self._tokens = self._seconds + sign * seconds, self._tokens + sign * tokens
+        self._flops += sign * flops
+
+
+def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
+    """FLOPs of training `model` on one token, as its own `flops_per_token(seq_len)` says; None: it has no such method.
+
+    A frozen weight needs no gradient of its own: 4 FLOPs per token and not 6. What of the model's figure belongs to weights shows in
+    that the rest, attention, grows with the length.
+    """
+    count = getattr(model, "flops_per_token", None)
+    if count is None:
+        return None
+    flops = float(count(seq_len))
+    weights = 2 * flops - float(count(2 * seq_len))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return flops - weights / 3 * (1 - trained / max(1, num_params(model)))
+
+
+def num_params(model: nn.Module) -> int:
+    """Number of weights: the model's own count (packed weights are no parameters), or that of its parameters."""
+    count = getattr(model, "num_params", None)
+    return int(count()) if callable(count) else sum(p.numel() for p in model.parameters())
+
+
+def memory_use(device: torch.device) -> tuple[int | None, int | None]:
+    """Bytes in use and bytes there are: of a GPU the most that its tensors have taken so far, of a CPU the process's resident size.
+
+    None: not known (the second of a CPU: other programs want some, too).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory(), torch.mps.recommended_max_memory()
+    if sys.platform == "linux":
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), None
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None  # the most it was; bytes on this system
+    return None, None
+
+
 class RunLog:
     """log.jsonl: one JSON object per line, each with its `step`; lines after a resumed step are dropped.
 
@@ -95,11 +208,17 @@ class RunLog:
 
     def __init__(self, path: Path | None, *, after_step: int) -> None:
         self._file, self._path, self._lost_lines = None, path, False
+        self.last_step = after_step  # that was ever logged, by a process that was killed after it had saved, too
+        self.tokens, self.seconds = 0, 0.0  # that the kept lines say the run has taken before
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for line in read_log(path) if line["step"] <= after_step]
+            lines = read_log(path)
+            kept = [line for line in lines if line["step"] <= after_step]
+            self.last_step = max([after_step, *(line["step"] for line in lines)])
+            for line in kept:
+                self.tokens, self.seconds = line.get("tokens", self.tokens), line.get("seconds", self.seconds)
             with atomic_file(path) as tmp:
                 tmp.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", newline="\n")

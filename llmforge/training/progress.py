@@ -1,47 +1,73 @@
 """The progress line of a run: a tqdm bar on a terminal, a plain line every few seconds elsewhere. On standard error."""
 
+import shutil
 import sys
 import time
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from llmforge.training.metrics import EvalMetrics, StepMetrics
+from llmforge.training.metrics import EvalMetrics, StepMetrics, Throughput, memory_use
 
 _SECONDS_BETWEEN_LINES = 10.0  # in logs, notebooks run by machines, CI
 _SECONDS_BETWEEN_UPDATES = 0.2  # on a terminal: reading the loss waits for the device, so not at every step
+_WIDTH = 80  # of plain lines
+_BAR = 24  # columns, where there is room
 
 
 class Progress:
-    """Shows step, loss, tokens/s and the time left; evaluations and samples scroll by above."""
+    """Shows step, loss, tokens/s, MFU, memory and the time left; evaluations and samples scroll by above.
 
-    def __init__(self, *, total: int, initial: int, enabled: bool) -> None:
-        self.total, self.initial, self.enabled = total, initial, enabled
-        self._started = self._updated = time.perf_counter()
-        self._tokens = 0
+    Args:
+        total: steps of the whole run.
+        initial: steps done before.
+        throughput: of the run; None = this object measures it.
+        device: whose memory is shown; None = none.
+    """
+
+    def __init__(
+        self,
+        *,
+        total: int,
+        initial: int,
+        enabled: bool,
+        throughput: Throughput | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.total, self.enabled, self.device = total, enabled, device
+        self.skipped = 0  # steps that were not done: their loss or gradient was not finite
+        self._own = Throughput() if throughput is None else None
+        self._throughput = throughput or self._own or Throughput()
+        self._updated = time.perf_counter()
         self._bar: Any = None
         if enabled and sys.stderr.isatty():
-            layout = "step {n_fmt}/{total_fmt} |{bar:24}| {percentage:3.0f}% {postfix}  ETA {remaining}"
-            self._bar = tqdm(total=total, initial=initial, bar_format=layout, dynamic_ncols=True, mininterval=0.1)
+            self._bar = tqdm(total=total, initial=initial, bar_format="{desc}", dynamic_ncols=True, mininterval=0.1)
 
     def step(self, metrics: StepMetrics) -> None:
         """Count a step; show it if the last one shown is old enough."""
+        if self._own is not None:
+            self._own.step(metrics.num_tokens, metrics.flops)
         if not self.enabled:
             return
-        self._tokens += metrics.num_tokens
         now = time.perf_counter()
         done = metrics.step == self.total
         if not done and now - self._updated < (_SECONDS_BETWEEN_UPDATES if self._bar else _SECONDS_BETWEEN_LINES):
             return
         self._updated = now
-        speed = f"{_short(self._tokens / (now - self._started))} tok/s"
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {metrics.loss:.3f}  {speed}", refresh=False)
-            self._bar.update(metrics.step - self._bar.n)
-        else:
-            left = (self.total - metrics.step) * (now - self._started) / (metrics.step - self.initial)
-            eta = tqdm.format_interval(left)
-            self._write(f"step {metrics.step}/{self.total}  loss {metrics.loss:.3f}  {speed}  ETA {eta}")
+        if self._bar is None:
+            self._write(self._line(metrics, _WIDTH))
+            return
+        # One column stays free: a full line wraps in some terminals.
+        width = shutil.get_terminal_size().columns - 1
+        line = self._line(metrics, width)
+        room = min(_BAR, width - len(line) - 4)
+        if room >= 8:
+            head, _, rest = line.partition("  ")
+            line = f"{head} |{{bar:{room}}}| {rest}"
+        self._bar.bar_format = line
+        self._bar.n = metrics.step
+        self._bar.refresh()
 
     def evaluation(self, metrics: EvalMetrics, improved: bool) -> None:
         """Show a validation loss."""
@@ -55,10 +81,35 @@ class Progress:
         """Show a sample, on one indented block."""
         self._write("sample> " + text.strip().replace("\r\n", "\n").replace("\n", "\n        "))
 
+    def note(self, text: str) -> None:
+        """Show a line of its own."""
+        self._write(text)
+
     def close(self) -> None:
         """Leave the terminal on a fresh line."""
         if self._bar is not None:
             self._bar.close()
+
+    def _line(self, metrics: StepMetrics, width: int) -> str:
+        """What is known of the run, in at most `width` columns: what matters least is left out first."""
+        speed = self._throughput
+        parts = [
+            f"step {metrics.step}/{self.total}",
+            f"loss {metrics.loss:.3f}",
+            f"{_short(speed.tokens_per_second)} tok/s",
+            f"MFU {speed.flops_per_second / metrics.peak_flops:.0%}" if metrics.flops and metrics.peak_flops else "",
+            _memory(*memory_use(self.device)) if self.device is not None else "",
+            f"ETA {_duration((self.total - metrics.step) * speed.seconds_per_step)}",
+            f"{self.skipped} skipped" if self.skipped else "",
+        ]
+        for least in (None, 4, 3, 2):  # memory, MFU, tokens/s
+            if least is not None:
+                parts[least] = ""
+            shown = [part for part in parts if part]
+            for gap in ("  ", " "):
+                if len(gap.join(shown)) <= width:
+                    return gap.join(shown)
+        return gap.join(shown)[: max(width, 0)]
 
     def _write(self, text: str) -> None:
         if not self.enabled:
@@ -72,4 +123,23 @@ class Progress:
 
 
 def _short(number: float) -> str:
-    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+    """Three digits and a unit: 950, 12.3k, 1.24M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}" if number < 100 * size else f"{number / size:.0f}{unit}"
+    return f"{number:.0f}"
+
+
+def _memory(used: int | None, total: int | None) -> str:
+    if used is None:
+        return ""
+    return f"{used / 2**30:.1f}/{total / 2**30:.0f} GB" if total is not None else f"{used / 2**30:.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    """1:05, 2:03:05, 3d 04h."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24}d {hours % 24:02}h"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
