@@ -42,7 +42,13 @@ def run(trained, tmp_path):
 
 
 def test_train_writes_a_run(trained):
-    assert sorted(entry.name for entry in trained.iterdir()) == ["config.yaml", "log.jsonl", "loss.png", "step-000006"]
+    assert sorted(entry.name for entry in trained.iterdir()) == [
+        "config.yaml",
+        "log.jsonl",
+        "loss.html",
+        "loss.png",
+        "step-000006",
+    ]
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

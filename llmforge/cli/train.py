@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="learning rate of the twin (default: 1e-3, or the model's if that is lower)",
     )
+    parser.add_argument(
+        "--tracker",
+        action="append",
+        metavar="NAME",
+        help="send what is logged to tensorboard, wandb or mlflow as well; may be repeated",
+    )
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
 
 
@@ -93,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
         options["train"]["max_steps"] = args.steps
     if args.out is not None:
         options["train"]["out_dir"] = args.out
+    if args.tracker is not None:
+        options["train"]["trackers"] = args.tracker
     defaults = {"text": text, "train": {"out_dir": f"runs/{Path(text).stem}"}}
     layers = [defaults, file_layer, {"text": text}, options, parse_settings(args.set)]
     config = RunConfig.resolve(preset, layers)
@@ -127,7 +135,9 @@ def _resume(args: argparse.Namespace) -> int:
             f"{run_folder} is a run of llmforge finetune; go on with {program()} finetune --resume {run_folder}"
         )
     config = RunConfig.from_dict(values)
-    changes = parse_settings(args.set + ([f"max_steps={args.steps}"] if args.steps is not None else []))
+    options = [f"max_steps={args.steps}"] * (args.steps is not None)
+    options += [f"trackers={','.join(args.tracker or [])}"] * (args.tracker is not None)
+    changes = parse_settings(args.set + options)
     if set(changes) - {"train"}:
         raise ConfigError(
             f"--resume can change settings of train only, not {', '.join(sorted(set(changes) - {'train'}))}"

@@ -165,7 +165,7 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
     that the rest, attention, grows with the length.
     """
     count = getattr(model, "flops_per_token", None)
-    if count is None:
+    if not callable(count):
         return None
     flops = float(count(seq_len))
     weights = 2 * flops - float(count(2 * seq_len))
@@ -208,7 +208,7 @@ class RunLog:
 
     def __init__(self, path: Path | None, *, after_step: int) -> None:
         self._file, self._path, self._lost_lines = None, path, False
-        self.last_step = after_step  # that was ever logged, by a process that was killed after it had saved, too
+        self.last_logged_step = after_step  # by a process that was killed some steps after it had saved, too
         self.tokens, self.seconds = 0, 0.0  # that the kept lines say the run has taken before
         if path is None:
             return
@@ -216,7 +216,7 @@ class RunLog:
         if path.exists():
             lines = read_log(path)
             kept = [line for line in lines if line["step"] <= after_step]
-            self.last_step = max([after_step, *(line["step"] for line in lines)])
+            self.last_logged_step = max([after_step, *(line["step"] for line in lines)])
             for line in kept:
                 self.tokens, self.seconds = line.get("tokens", self.tokens), line.get("seconds", self.seconds)
             with atomic_file(path) as tmp:

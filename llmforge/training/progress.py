@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from llmforge.training.metrics import EvalMetrics, StepMetrics, Throughput, memory_use
@@ -36,7 +37,8 @@ class Progress:
         device: torch.device | None = None,
     ) -> None:
         self.total, self.enabled, self.device = total, enabled, device
-        self.skipped = 0  # steps that were not done: their loss or gradient was not finite
+        # A GPU writes here when it has got so far: to read it never waits, and is a few steps late.
+        self._late = torch.zeros(2, pin_memory=True) if device is not None and device.type == "cuda" else None
         self._own = Throughput() if throughput is None else None
         self._throughput = throughput or self._own or Throughput()
         self._updated = time.perf_counter()
@@ -44,23 +46,35 @@ class Progress:
         if enabled and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=initial, bar_format="{desc}", dynamic_ncols=True, mininterval=0.1)
 
-    def step(self, metrics: StepMetrics) -> None:
-        """Count a step; show it if the last one shown is old enough."""
+    def step(self, metrics: StepMetrics, skipped_steps: Tensor | None = None) -> None:
+        """Count a step; show it if the last one shown is old enough.
+
+        Args:
+            skipped_steps: number of all steps that were skipped, on the device.
+        """
         if self._own is not None:
             self._own.step(metrics.num_tokens, metrics.flops)
         if not self.enabled:
             return
+        if self._late is not None:
+            self._late[0].copy_(metrics.loss_tensor, non_blocking=True)
+            if skipped_steps is not None:
+                self._late[1].copy_(skipped_steps, non_blocking=True)
         now = time.perf_counter()
         done = metrics.step == self.total
         if not done and now - self._updated < (_SECONDS_BETWEEN_UPDATES if self._bar else _SECONDS_BETWEEN_LINES):
             return
         self._updated = now
+        if self._late is not None and not done:
+            loss, skipped = self._late.tolist()
+        else:
+            loss, skipped = metrics.loss, int(skipped_steps) if skipped_steps is not None else 0
         if self._bar is None:
-            self._write(self._line(metrics, _WIDTH))
+            self._write(self._line(metrics, loss, int(skipped), _WIDTH))
             return
         # One column stays free: a full line wraps in some terminals.
         width = shutil.get_terminal_size().columns - 1
-        line = self._line(metrics, width)
+        line = self._line(metrics, loss, int(skipped), width)
         room = min(_BAR, width - len(line) - 4)
         if room >= 8:
             head, _, rest = line.partition("  ")
@@ -90,19 +104,19 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _line(self, metrics: StepMetrics, width: int) -> str:
+    def _line(self, metrics: StepMetrics, loss: float, skipped: int, width: int) -> str:
         """What is known of the run, in at most `width` columns: what matters least is left out first."""
         speed = self._throughput
         parts = [
             f"step {metrics.step}/{self.total}",
-            f"loss {metrics.loss:.3f}",
+            f"loss {loss:.3f}",
             f"{_short(speed.tokens_per_second)} tok/s",
             f"MFU {speed.flops_per_second / metrics.peak_flops:.0%}" if metrics.flops and metrics.peak_flops else "",
             _memory(*memory_use(self.device)) if self.device is not None else "",
             f"ETA {_duration((self.total - metrics.step) * speed.seconds_per_step)}",
-            f"{self.skipped} skipped" if self.skipped else "",
+            f"{skipped} skipped" if skipped else "",
         ]
-        for least in (None, 4, 3, 2):  # memory, MFU, tokens/s
+        for least in (None, 4, 3, 2, 6, 5, 1):  # memory, MFU, tokens/s, skipped, ETA, loss
             if least is not None:
                 parts[least] = ""
             shown = [part for part in parts if part]

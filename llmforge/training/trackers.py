@@ -36,6 +36,7 @@ class Tracker(Protocol):
 
     run_id: str | None  # with which the run is found again; None: it needs none
     place: str  # where to look at it
+    forgets: bool  # the numbers of steps that are done again; others cannot take back what they have
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -46,6 +47,8 @@ class Tracker(Protocol):
 
 class TensorBoard:
     """Event files in the run folder."""
+
+    forgets = True
 
     def __init__(self, folder: Path, run_id: str | None, settings: Mapping[str, Any], *, after_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -72,6 +75,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of the project WANDB_PROJECT, or "llmforge"."""
 
+    forgets = False
+
     def __init__(self, folder: Path, run_id: str | None, settings: Mapping[str, Any], *, after_step: int) -> None:
         import wandb
 
@@ -92,7 +97,7 @@ class WeightsAndBiases:
                 f"tracker 'wandb' cannot start: {error} Log in with: wandb login, or keep the run here with WANDB_MODE=offline"
             ) from error
         self._html = wandb.Html
-        self.place = self._run.url or f"wandb sync {folder / 'wandb'}/offline-run-*"
+        self.place = f"wandb sync {folder / 'wandb'}/offline-run-*" if self._run.offline else str(self._run.url)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -108,6 +113,8 @@ class WeightsAndBiases:
 
 class MLflow:
     """A run at MLFLOW_TRACKING_URI (without it MLflow's own default), in the experiment MLFLOW_EXPERIMENT_NAME, or "llmforge"."""
+
+    forgets = False
 
     def __init__(self, folder: Path, run_id: str | None, settings: Mapping[str, Any], *, after_step: int) -> None:
         from mlflow import MlflowClient
@@ -191,7 +198,7 @@ class Trackers:
             except Exception as error:
                 self._fail(name, error)
                 continue
-            if name in ids and name != "tensorboard":
+            if name in ids or self._open[name].forgets:
                 self._known_until[name] = last_step
         self._warn()
         ids |= {name: tracker.run_id for name, tracker in self._open.items() if tracker.run_id is not None}
@@ -248,7 +255,7 @@ class Trackers:
                 try:
                     if job is None:
                         tracker.finish()
-                    elif job[1] > self._known_until.get(name, -1):
+                    elif job[1] > self._known_until.get(name, -1) or (tracker.forgets and job[0] == "log"):
                         getattr(tracker, job[0])(job[1], *job[2])
                 except Exception as error:
                     self._fail(name, error)

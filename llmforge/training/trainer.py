@@ -36,11 +36,12 @@ from llmforge.training.compiling import CompiledModel, compiling_pays
 from llmforge.training.config import TrainConfig
 from llmforge.training.devices import arithmetic, arithmetic_dtype, own_randomness, pick_device
 from llmforge.training.loss import LossFunction, default_loss
-from llmforge.training.metrics import EvalMetrics, RunLog, StepMetrics, TrainResult
+from llmforge.training.metrics import EvalMetrics, StepMetrics, TrainResult, flops_per_token
 from llmforge.training.micro_batch import bytes_per_row, free_bytes, split_rows
 from llmforge.training.optim import build_optimizer, load_optimizer_state_
 from llmforge.training.out_of_memory import is_out_of_memory, what_would_fit
-from llmforge.training.progress import Progress
+from llmforge.training.peaks import device_peak_flops
+from llmforge.training.recorder import Recorder
 from llmforge.training.saving import CheckpointWriter
 from llmforge.training.schedule import learning_rate, quantization_strength, weight_decay_applies
 from llmforge.training.signals import stop_signals
@@ -127,6 +128,8 @@ class Trainer:
         self._weight_decays = [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
         self._has_bit_linears = bool(bit_linears(model))
         self._check()
+        self._flops_per_token = flops_per_token(model, seq_len)
+        self._peak_flops = device_peak_flops(self.device, str(config.dtype or self.dtype).removeprefix("torch."))
         self._modules = list(model.modules())
         self._batches = Batches(self.device)
         micro_steps = config.max_steps * max(1, self.rows // (self._micro_batch_size or self.rows))
@@ -215,6 +218,8 @@ class Trainer:
             loss_tensor=loss_sum / num_targets,
             grad_norm_tensor=grad_norm,
             skipped_tensor=skipped,
+            flops=None if self._flops_per_token is None else num_tokens * self._flops_per_token,
+            peak_flops=self._peak_flops,
         )
 
     @property
@@ -515,7 +520,7 @@ class Trainer:
     def _warn_of_differences(self, state: TrainerState) -> None:
         own = self.config.to_dict()
         no_effect = {"out_dir", "keep_last", "async_save", "max_seconds", "device", "compile", "num_threads"}
-        no_effect |= {"activation_checkpointing"}
+        no_effect |= {"activation_checkpointing", "trackers"}
         no_effect |= {name for name in own if name.startswith(("log_", "eval_", "sample_", "save_", "diagnose_"))}
         if _rows_per_step(state.settings, self.seq_len) == self.rows:  # in how many parts changes no sum
             no_effect |= {"micro_batch_size", "grad_accum_steps", "tokens_per_step"}
@@ -547,46 +552,38 @@ class Trainer:
         self.check_out_dir()
         saved_at = time.monotonic()
         start, first_step, num_tokens = time.perf_counter(), self.step, 0
-        late: StepMetrics | None = None  # due in the log, and still being computed
         slowest = 0.0  # seconds of a step with all that comes with it
         metrics: StepMetrics | None = None
         checkpoint: Path | None = None
         best_loss, best_step = self._best_so_far()
         diagnosis = TernaryDiagnosis(self.model, max_steps=self.config.max_steps) if self._has_bit_linears else None
-        log = RunLog(self.out_dir / "log.jsonl" if self.out_dir is not None else None, after_step=self.step)
-        screen = Progress(total=self.config.max_steps, initial=self.step, enabled=progress)
+        recorder = Recorder(
+            self.config,
+            self.model,
+            out_dir=self.out_dir,
+            device=self.device,
+            dtype=self.dtype,
+            step=self.step,
+            progress=progress,
+        )
         try:
             with stop_signals() as stop:
                 began = time.perf_counter()
                 for metrics in self:
                     num_tokens += metrics.num_tokens
-                    screen.step(metrics)
+                    recorder.step(metrics, self.skipped_steps)
                     last = metrics.step == self.config.max_steps
-                    if late is not None:
-                        self._log_step(log, late)
-                    late = metrics if last or metrics.step % self.config.log_every_steps == 0 else None
-                    if late is not None and (last or self.device.type == "cpu"):  # a GPU would have to be waited for
-                        self._log_step(log, late)
-                        late = None
                     if diagnosis is not None and self._due(self.config.diagnose_every_steps):
-                        log.write(step=self.step, ternary=self._diagnose(diagnosis))
+                        recorder.ternary(self.step, self._diagnose(diagnosis))
                     improved = False
                     if self.val_data is not None and (last or self._due(self.config.eval_every_steps)):
                         evaluation = self.evaluate()
-                        log.write(
-                            step=self.step,
-                            val_loss=evaluation.loss,
-                            val_perplexity=evaluation.perplexity,
-                            val_bits_per_byte=evaluation.bits_per_byte,
-                        )
                         improved = math.isfinite(evaluation.loss) and (best_loss is None or evaluation.loss < best_loss)
-                        screen.evaluation(evaluation, improved)
+                        recorder.evaluation(evaluation, improved)
                         if improved:
                             best_loss, best_step = evaluation.loss, self.step
                     if self._sample_is_due(last):
-                        text = self.sample()
-                        log.write(step=self.step, sample=text)
-                        screen.sample(text)
+                        recorder.sample(self.step, self.sample())
                     if self.config.max_seconds is not None and stop.requested is None:
                         now = time.perf_counter()
                         slowest, began = max(slowest, now - began), now
@@ -601,6 +598,7 @@ class Trainer:
                             self._check_weights()
                             saved_at = time.monotonic()
                             self._writer.begin(self._snapshot, in_background=self.config.async_save)
+                            recorder.resume()
                     if stop.requested:
                         break
         except OutOfMemoryError as error:
@@ -610,10 +608,8 @@ class Trainer:
                 torch.cuda.empty_cache()
             raise OutOfMemoryError(f"{error}; {self.save()} holds the steps before it, to go on from") from error
         finally:
-            if late is not None:
-                self._log_step(log, late)
-            screen.close()
-            log.close()
+            unfinished = self.step < self.config.max_steps
+            recorder.close(self.step, stopped_by=(stop.requested or "error") if unfinished else None)
             if self._writer is not None:
                 self._writer.finish()
         seconds = time.perf_counter() - start
@@ -675,16 +671,6 @@ class Trainer:
             (loss, int(f.name.removeprefix("step-"))) for f in folders if (loss := validation_loss(f)) is not None
         ]
         return min(scored, default=(None, None))
-
-    def _log_step(self, log: RunLog, metrics: StepMetrics) -> None:
-        log.write(
-            step=metrics.step,
-            loss=metrics.loss,
-            lr=metrics.lr,
-            grad_norm=metrics.grad_norm,
-            tokens_per_second=round(metrics.tokens_per_second, 1),
-            **({"skipped": True} if metrics.skipped else {}),
-        )
 
 
 def _own_randomness(seed: int, step: int, device: torch.device) -> AbstractContextManager[None]:
