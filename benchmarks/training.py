@@ -21,9 +21,7 @@ import torch.nn.functional as F
 
 from llmforge import GPT, GPTConfig, TokenDataset, TrainConfig, Trainer
 from llmforge.training import build_optimizer
-
-# Dense bf16/fp16 tensor-core TFLOP/s with float32 accumulation, from NVIDIA's Ada (RTX 40), A100, H100 and H200 data sheets.
-PUBLISHED_TFLOPS = {"RTX 4070": 58.3, "RTX 4080": 97.5, "RTX 4090": 165.2, "A100": 312.0, "H100": 989.4, "H200": 989.4}
+from llmforge.training.peaks import device_peak_flops
 
 
 def main() -> None:
@@ -68,7 +66,7 @@ def main() -> None:
     ours, plain = machine.spread(seconds["llmforge"]), machine.spread(seconds["plain_loop"])
     flops_per_second = model.flops_per_token() * tokens / ours["median"]
     peak = matmul_flops_per_second(device, trainer.dtype)
-    published = next((t for k, t in PUBLISHED_TFLOPS.items() if k in machine.describe(device)["device"]), None)
+    published = device_peak_flops(device, str(trainer.dtype).removeprefix("torch."))
     ratios = machine.spread([p / o for o, p in zip(seconds["llmforge"], seconds["plain_loop"], strict=True)])
     machine.write(
         args.name or f"training-{device.type}-{args.preset}",
@@ -89,7 +87,7 @@ def main() -> None:
             "model_tflops": round(flops_per_second / 1e12, 4),
             "matmul_tflops": round(peak / 1e12, 4),
             "mfu_of_measured_matmul": round(flops_per_second / peak, 3),
-            "mfu_of_published_peak": round(flops_per_second / (published * 1e12), 3) if published else None,
+            "mfu_of_published_peak": round(flops_per_second / published, 3) if published else None,
         },
     )
 
