@@ -16,8 +16,7 @@ import peers
 import torch
 import turns
 
-# Dense bf16/fp16 tensor-core TFLOP/s with float32 accumulation, from NVIDIA's Ada (RTX 40), A100, H100 and H200 data sheets.
-PUBLISHED_TFLOPS = {"RTX 4070": 58.3, "RTX 4080": 97.5, "RTX 4090": 165.2, "A100": 312.0, "H100": 989.4, "H200": 989.4}
+from llmforge.training.peaks import device_peak_flops, peak_flops
 
 
 def measure(
@@ -104,10 +103,7 @@ def matmul_flops_per_second(race: peers.Training) -> float:
 
 
 def published_flops_per_second(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for known, tflops in PUBLISHED_TFLOPS.items() if known in name), None)
+    return device_peak_flops(device, "bfloat16")
 
 
 def expected_seconds(
@@ -122,7 +118,7 @@ def expected_seconds(
     """About how long `measure` takes: FLOPs over what such a device reaches, and starting, importing and compiling."""
     on_gpu = (race.device_name or race.device.type).startswith("cuda")
     known = published_flops_per_second(race.device) if torch.cuda.is_available() else None
-    peak = (known or PUBLISHED_TFLOPS["RTX 4070"] * 1e12) if on_gpu else 50e9 * (race.threads or 1)
+    peak = (known or peak_flops("NVIDIA GeForce RTX 4070", "bfloat16") or 0.0) if on_gpu else 50e9 * (race.threads or 1)
     shape = peers.describe(race)
     step = shape["flops_per_token"] * race.tokens_per_step / (peak * (0.35 if on_gpu else 0.6))
     start = (10 if on_gpu else 4) + (45 if race.compile else 0)

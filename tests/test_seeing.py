@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy import toy_model, toy_trainer
 
 from llmforge import TrainConfig
+from llmforge.cli.loss_curve import _smooth
 from llmforge.cli.main import main
 from llmforge.cli.run_folder import differences, find_runs, read_run
 from llmforge.finetune import LoRAConfig, apply_lora_
@@ -464,7 +465,7 @@ def test_axes_of_old_and_new_logs_agree(tmp_path):
 
 
 def test_only_what_differs_is_compared(runs):
-    assert differences([read_run(runs / "good"), read_run(runs / "cut")]) == {"train.lr": [1e-3, 3e-3]}
+    assert differences([read_run(runs / "good"), read_run(runs / "cut")]) == ({"train.lr": [1e-3, 3e-3]}, {})
 
 
 def pixels(path, color):
@@ -554,3 +555,11 @@ def test_trackers_can_be_set_as_one_word():
         "mlflow",
     )
     assert TrainConfig.from_dict({"max_steps": 1, "trackers": ""}).trackers == ()
+
+
+def test_mean_curves_do_not_lag():
+    line = [5.0 - 0.01 * step for step in range(400)]
+    assert _smooth(line)[50:350] == pytest.approx(line[50:350])
+    assert _smooth([2.0] * 100) == pytest.approx([2.0] * 100)
+    noise = [(-1.0) ** step for step in range(400)]
+    assert max(map(abs, _smooth(noise)[20:-20])) < 0.02

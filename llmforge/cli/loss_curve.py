@@ -2,7 +2,6 @@
 
 import html
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from llmforge.cli.run_folder import Run, differences, flat, read_run
 AXES = {"step": "step", "tokens": "tokens read", "time": "hours of training"}
 METRICS = {"loss": ("loss", "val_loss", "loss (nats per token)"), "bits": (None, "val_bits_per_byte", "bits per byte")}
 _TEXT: Any = {"text.parse_math": False}  # a $ in a name is a $
-_ROWS_IN_PICTURE = 14  # of the table under the curves; the page has all
+_ROWS_IN_PICTURE = 20  # of the table under the curves; the page has all
 _COLORS = ("#0b6e99", "#d9730d", "#0f7b4f", "#ad1a72", "#6940a5", "#937264", "#c4352d", "#64748b", "#8a8d0f", "#17a2b8")
 
 
@@ -38,14 +37,14 @@ def write_picture(runs: Sequence[Run], path: Path, *, by: str, metric: str) -> N
 
     from llmforge.formats.atomic import atomic_file
 
-    rows = comparison(runs) if len(runs) > 1 else {}
+    rows, of_some = comparison(runs) if len(runs) > 1 else ({}, {})
     shown = dict(list(rows.items())[:_ROWS_IN_PICTURE])
     figure = Figure(figsize=(8.5, 4.6 + 0.26 * (len(shown) + 2) * (len(runs) > 1)), layout="constrained")
     FigureCanvasAgg(figure)
     with rc_context(_TEXT):
         if shown:
             axes, below = figure.subplots(2, 1, height_ratios=[4.6, 0.26 * (len(shown) + 2)])
-            _draw_table(below, runs, shown, more=len(rows) - len(shown))
+            _draw_table(below, runs, shown, more=len(rows) - len(shown) + len(of_some))
         else:
             axes = figure.add_subplot()
         _draw_curves(axes, runs, by=by, metric=metric)
@@ -74,7 +73,12 @@ def write_page(runs: Sequence[Run], path: Path, *, by: str, metric: str) -> None
     title = html.escape(" vs ".join(run.name for run in runs))
     body = [f"<h1>{title}</h1>", f'<div class="curve">{svg}</div>']
     if len(runs) > 1:
-        body += ["<h2>What differs</h2>", _html_table(["", *(run.name for run in runs)], comparison(runs), runs)]
+        names = ["", *(run.name for run in runs)]
+        of_all, of_some = comparison(runs)
+        body += ["<h2>What differs</h2>", _html_table(names, of_all, runs)]
+        if of_some:
+            body += ["<details><summary>Settings that only some of them have</summary>"]
+            body += [_html_table(names, of_some, runs), "</details>"]
     else:
         body += [_html_table(["", runs[0].name], results(runs), runs)]
         everything = {name: [value] for name, value in flat(runs[0].settings).items()}
@@ -113,9 +117,13 @@ def results(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return {name: row for name, row in table.items() if any(value is not None for value in row)}
 
 
-def comparison(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """`results`, and the settings in which the runs differ."""
-    return {**results(runs), **differences(runs)}
+def comparison(runs: Sequence[Run]) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """What differs between runs: results and the settings that all have; and the settings that only some have."""
+    of_all, of_some = differences(runs)
+    results_that_differ = {
+        name: row for name, row in results(runs).items() if "loss" in name or any(value != row[0] for value in row[1:])
+    }
+    return {**results_that_differ, **of_all}, of_some
 
 
 def short(value: float | None) -> str | None:
@@ -153,9 +161,12 @@ def _draw_curves(axes: Any, runs: Sequence[Run], *, by: str, metric: str) -> Non
                 axes.plot(x, y, color=val_color, marker=marker, markersize=3.5, linewidth=1.8, label=name, zorder=3)
             else:
                 name = "training" if len(runs) == 1 else "_" if has_val else run.name
-                axes.plot(x, y, color=color, linewidth=0.8, alpha=0.25 if len(y) > 40 else 0.6, zorder=1)
-                axes.plot(x, _smooth(y), color=color, linewidth=1.2, alpha=0.45 if has_val else 1, label=name, zorder=2)
-            heights += y[len(y) // 20 :]  # the first steps would press all else to the bottom
+                strong = 0.5 if has_val else 1.0
+                if len(y) > 60:  # a noisy one, and what it means
+                    axes.plot(x, y, color=color, linewidth=0.7, alpha=0.2, zorder=1)
+                    y = _smooth(y)
+                axes.plot(x, y, color=color, linewidth=1.2, alpha=strong, label=name, zorder=2)
+            heights += y[min(len(y) - 1, len(y) // 20) :]  # the first steps would press all else to the bottom
     axes.set(xlabel=AXES[by], ylabel=label)
     if len(runs) == 1:
         axes.set_title(runs[0].name, loc="left", fontweight="bold")
@@ -175,13 +186,14 @@ def _draw_curves(axes: Any, runs: Sequence[Run], *, by: str, metric: str) -> Non
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the curve, without a lag at the start."""
-    keep = math.exp(-1 / max(1.0, len(values) / 20))
-    mean, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(mean / weight)
-    return smoothed
+    """Mean over the neighbours to both sides, about a twentieth of the curve, so that it does not lag behind."""
+    import numpy as np
+
+    reach = max(1, len(values) // 40)
+    window = np.hanning(2 * reach + 3)[1:-1]
+    sums = np.convolve(values, window, mode="full")[reach : reach + len(values)]
+    weights = np.convolve(np.ones(len(values)), window, mode="full")[reach : reach + len(values)]
+    return [float(value) for value in sums / weights]
 
 
 def _draw_table(axes: Any, runs: Sequence[Run], rows: dict[str, list[Any]], *, more: int) -> None:
@@ -189,7 +201,12 @@ def _draw_table(axes: Any, runs: Sequence[Run], rows: dict[str, list[Any]], *, m
     names = [*rows, f"... and {more} more settings"] if more else list(rows)
     cells = [[_cell(value) for value in row] for row in rows.values()] + [[""] * len(runs)] * bool(more)
     table = axes.table(
-        cellText=cells, rowLabels=names, colLabels=[_cell(run.name) for run in runs], loc="center", cellLoc="right"
+        cellText=cells,
+        rowLabels=names,
+        colLabels=[_cell(run.name) for run in runs],
+        loc="center",
+        cellLoc="right",
+        colLoc="right",
     )
     table.auto_set_font_size(False)
     table.set_fontsize(8.5)
@@ -205,7 +222,7 @@ def _draw_table(axes: Any, runs: Sequence[Run], rows: dict[str, list[Any]], *, m
 
 def _cell(value: Any) -> str:
     text = "-" if value is None else " ".join(str(value).split())
-    return text if len(text) <= 24 else f"{text[:10]}...{text[-11:]}"
+    return text if len(text) <= 24 else f"...{text[-21:]}"
 
 
 def _html_table(heads: Sequence[str], rows: dict[str, list[Any]], runs: Sequence[Run] = ()) -> str:

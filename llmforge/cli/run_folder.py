@@ -219,17 +219,22 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The settings in which runs differ, name -> value of each run; one that a run does not have is None. Not where they are written."""
+def differences(runs: Sequence[Run]) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """The settings in which runs differ, name -> value of each run: those that all have, and those that only some have (None: not).
+
+    Where and how a run is written down makes no difference.
+    """
     all_settings = [flat(run.settings) for run in runs]
     names = list(dict.fromkeys(name for settings in all_settings for name in settings))
     table = {name: [settings.get(name) for settings in all_settings] for name in names}
-    no_difference = ("train.out_dir", "output_dir")
-    return {
+    no_difference = ("train.out_dir", "output_dir", "train.log_every_steps", "train.trackers", "train.keep_last")
+    differing = {
         name: row
         for name, row in table.items()
         if name not in no_difference and any(value != row[0] for value in row[1:])
     }
+    of_all = {name: row for name, row in differing.items() if all(name in settings for settings in all_settings)}
+    return of_all, {name: row for name, row in differing.items() if name not in of_all}
 
 
 def _interpolated(steps: Sequence[int], known: Sequence[tuple[int, float]], unit: float) -> dict[int, float]:

@@ -95,16 +95,22 @@ def _compare(args: argparse.Namespace) -> int:
         )
     write = write_page if out.suffix == ".html" else write_picture
     write(runs, out, by=args.by, metric=args.metric)
-    rows = comparison(runs)
+    rows, of_some = comparison(runs)
     if args.json:
         print(
             json.dumps(
-                {"runs": [_record(run) for run in runs], "differences": rows, "out": str(out)}, indent=2, default=str
+                {"runs": [_record(run) for run in runs], "differences": {**rows, **of_some}, "out": str(out)},
+                indent=2,
+                default=str,
             )
         )
         return 0
     cells = [[name, *(_cell(value) for value in row)] for name, row in rows.items()]
     print(_aligned([["", *(run.name for run in runs)], *cells], left=1))
+    if of_some:
+        print(
+            f"and {len(of_some)} settings that only some of them have: {some(list(of_some))}; a page (--out FILE.html) has them"
+        )
     print(f"\nfiles    {out}")
     return 0
 
