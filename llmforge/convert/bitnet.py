@@ -181,6 +181,7 @@ class _SubNorms(HFLlama):
     }
     hf_fixed: ClassVar = {"attention_bias": False}
     gguf_arch = "bitnet"
+    turns_neighbours = False
     gguf_names: ClassVar = {
         **GGUF_NAMES,
         "self_attn.attn_sub_norm": "attn_sub_norm",
