@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -494,7 +495,7 @@ def test_the_screen_shows_loss_speed_and_time_left(tmp_path, capsys, monkeypatch
     toy_trainer(tmp_path, sample_every_steps=10).train()
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("step 1/10  loss ")
-    assert "tok/s  ETA 00:0" in lines[0]
+    assert re.search(r" tok/s  \d+\.\d GB  ETA 0:\d\d$", lines[0])
     assert any(line.startswith("step 5  val loss ") and "best so far" in line for line in lines)
     assert any(line.startswith("sample> ") for line in lines)
 
