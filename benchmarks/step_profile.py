@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from training import plain_loop
 
 from llmforge import GPT, GPTConfig, TokenDataset, TrainConfig, Trainer
-from llmforge.training import build_optimizer
+from llmforge.training import build_optimizer, chunked_next_token_loss, next_token_loss
 
 # size -> (model, micro-batch): nanoGPT's own settings where the preset has one that a CPU can do, else fewer rows or layers.
 SIZES: dict[str, tuple[dict[str, Any], int]] = {
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=2.0, help="of each turn, about")
     parser.add_argument("--turns", type=int, default=9, help="of each side; a first one more is for warming up")
+    parser.add_argument("--vocabularies", nargs="*", type=int, default=[65, 512, 2048, 4096, 8192, 32_000, 50_257])
     parser.add_argument("--compile", action="store_true", help="a side with torch.compile too (needs a C++ compiler)")
     parser.add_argument("--name", default="step-profile-cpu", help="result file under benchmarks/results")
     args = parser.parse_args()
@@ -66,7 +67,12 @@ def main() -> None:
         for threads in args.threads:
             torch.set_num_threads(threads)
             sizes[f"{size}, {threads} threads"] = measure(size, args)
-    machine.write(args.name, {**machine.describe(torch.device("cpu")), "sizes": sizes})
+    result: dict[str, Any] = {**machine.describe(torch.device("cpu")), "sizes": sizes}
+    torch.set_num_threads(1)
+    result["loss_in_chunks"] = [loss_in_chunks(V, args.turns) for V in args.vocabularies]
+    if args.compile:
+        result["largest_allocation_bytes"] = largest_allocations()
+    machine.write(args.name, result)
 
 
 def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -123,6 +129,48 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
         "parts": parts_of_a_step(trainer, steps),
         "kinds_of_operations": kinds_of_operations(trainer, min(steps, 20)),
     }
+
+
+def loss_in_chunks(vocab_size: int, turns: int) -> dict[str, Any]:
+    """CPU time of forward and backward with all logits at once, over that with the loss in chunks: 768 tokens of a layer 128 wide."""
+    model = GPT(GPTConfig(vocab_size=vocab_size, block_size=64, n_layer=1, n_head=4, n_embd=128, bias=False))
+    idx = torch.randint(vocab_size, (12, 64))
+    found: dict[str, list[float]] = defaultdict(list)
+    for turn in range(turns + 1):
+        for loss_fn in (next_token_loss, chunked_next_token_loss):
+            model.zero_grad()
+            start = time.process_time()
+            loss_fn(model, [idx, idx])[0].backward()
+            if turn:
+                found[loss_fn.__name__].append(time.process_time() - start)
+    pairs = zip(found["next_token_loss"], found["chunked_next_token_loss"], strict=True)
+    return {
+        "vocab_size": vocab_size,
+        "cpu_milliseconds": {name: round(machine.spread(values)["median"] * 1e3, 2) for name, values in found.items()},
+        "times_as_fast_in_chunks": {k: round(v, 3) for k, v in machine.spread([a / b for a, b in pairs]).items()},
+    }
+
+
+def largest_allocations() -> dict[str, int]:
+    """The largest piece of memory of a step over 2048 tokens of 50,257: all logits in float32 are 412 MB, a chunk of them 134 MB at most."""
+    from torch.profiler import ProfilerActivity, profile
+
+    shape = dict(vocab_size=50_257, block_size=256, n_layer=1, n_head=2, n_embd=64)
+    found = {}
+    for name, compile, loss_fn in (
+        ("all logits", False, next_token_loss),
+        ("in chunks", False, chunked_next_token_loss),
+        ("in chunks, compiled", True, chunked_next_token_loss),
+    ):
+        config = TrainConfig(max_steps=9, micro_batch_size=8, device="cpu", compile=compile)
+        ids = np.random.default_rng(0).integers(0, 50_257, 10_000).astype(np.uint16)
+        trainer = Trainer(GPT(GPTConfig(**shape)), TokenDataset(ids), config=config, loss_fn=loss_fn)
+        next(trainer)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            next(trainer)
+        sizes = [e.nbytes for e in profiler.events() if e.name == "[memory]" and hasattr(e, "nbytes")]
+        found[name] = max([*sizes, *(e.cpu_memory_usage for e in profiler.events())])
+    return found
 
 
 def rounded(value: float, key: str) -> float:

@@ -77,7 +77,7 @@ class CompiledModel:
         if reason is None:
             if self.insist or not isinstance(error, _dynamo_errors()):
                 return False
-            reason = _first_line(error)
+            reason = _first_line(getattr(error, "inner_exception", None) or error)
         self.is_on = False
         warnings.warn(f"training without torch.compile: {reason}", stacklevel=3)
         return True
@@ -149,10 +149,10 @@ def _no_compiler(error: BaseException) -> str | None:
             return _first_line(cause)
         if isinstance(cause, CppCompileError):
             return f"the C++ compiler fails ({_first_line(cause.output) or 'it says nothing'})"
-        if isinstance(cause, subprocess.CalledProcessError):
+        # Triton's launchers are C; and torch's own messages, for a compiler that cannot be started, have no class.
+        if isinstance(cause, subprocess.CalledProcessError) and isinstance(error, _dynamo_errors()):
             return f"the compiler fails ({_first_line(cause)})"
-        # Triton's launchers are C; torch's message for a compiler that cannot be started.
-        if any(words in str(cause) for words in ("Failed to find C compiler", "is not found", "Failed to run")):
+        if str(cause).startswith(("Failed to find C compiler", "Compiler: ", "Failed to run ")):
             return _first_line(cause)
     return None
 
