@@ -127,7 +127,10 @@ class Rows(torch.utils.data.Dataset[Any]):
 
 def llmforge(race: Training, turn: Turn) -> None:
     turn.begin()
-    for metrics in Trainer(race.build(), race.data(), config=race.config):
+    trainer = Trainer(race.build(), race.data(), config=race.config)
+    for metrics in trainer:
+        if trainer.micro_batch_size != race.micro_batch_size:  # where others give up it goes on with smaller ones
+            raise MemoryError(f"a micro-batch of {race.micro_batch_size} does not fit")
         turn(lambda: metrics.loss)  # noqa: B023
 
 
