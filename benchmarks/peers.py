@@ -7,6 +7,7 @@ its losses must be the same too.
 
 import dataclasses
 import importlib.util
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -127,28 +128,45 @@ class Rows(torch.utils.data.Dataset[Any]):
 
 def llmforge(race: Training, turn: Turn) -> None:
     turn.begin()
-    for metrics in Trainer(race.build(), race.data(), config=race.config):
+    trainer = Trainer(race.build(), race.data(), config=race.config)
+    for metrics in trainer:
+        if trainer.micro_batch_size != race.micro_batch_size:  # where others give up it goes on with smaller ones
+            raise MemoryError(f"a micro-batch of {race.micro_batch_size} does not fit")
         turn(lambda: metrics.loss)  # noqa: B023
 
 
 def plain_loop(race: Training, turn: Turn, build: Callable[[], nn.Module] | None = None) -> None:
-    """train.py of nanoGPT: batches from a row of ids, pinned and copied while the GPU works, autocast, GradScaler, clipping, fused AdamW."""
     turn.begin()
     ids, places = race.data().ids, race.places()
-    device, config, T = race.device, race.config, race.tokens_per_row
-    model = (build or race.build)().to(device).train()
+    for loss in plain_steps((build or race.build)(), ids, places, race.config, race.tokens_per_row):
+        turn(loss.item)
+
+
+def plain_steps(
+    model: nn.Module, ids: "np.ndarray[Any, Any]", places: "np.ndarray[Any, Any]", config: TrainConfig, T: int
+) -> Iterator[Tensor]:
+    """train.py of nanoGPT: batches from a row of ids, pinned and copied while the GPU works, autocast, GradScaler, clipping, fused AdamW.
+
+    Args:
+        ids: (N,) the tokens.
+        places: (steps, rows) where rows of T tokens begin in them; at the end they begin again.
+    Yields:
+        the mean loss of each step, on the device.
+    """
+    device, accum = pick_device(config.device), config.grad_accum_steps
+    model = model.to(device).train()
     optimizer = build_optimizer(model, config)
     dtype = arithmetic_dtype(config.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    if race.compile:
+    if config.compile:
         model.compile()
 
     def get_batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            for starts in places.reshape(-1, race.micro_batch_size):
+            for starts in places.reshape(-1, places.shape[1] // accum):
                 x = torch.stack([torch.from_numpy(ids[i : i + T].astype(np.int64)) for i in starts])
                 y = torch.stack([torch.from_numpy(ids[i + 1 : i + 1 + T].astype(np.int64)) for i in starts])
                 if device.type == "cuda":
@@ -157,15 +175,13 @@ def plain_loop(race: Training, turn: Turn, build: Callable[[], nn.Module] | None
 
     batches = get_batches()
     x, y = next(batches)
-    step = 0
-    while True:
+    for step in itertools.count():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         total = torch.zeros((), device=device)
-        for _ in range(race.grad_accum_steps):
+        for _ in range(accum):
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                logits = model(x)
-                loss = F.cross_entropy(logits.flatten(0, 1), y.flatten()) / race.grad_accum_steps
+                loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten()) / accum
             x, y = next(batches)  # while the device computes the forward pass
             scaler.scale(loss).backward()
             total += loss.detach()
@@ -174,8 +190,7 @@ def plain_loop(race: Training, turn: Turn, build: Callable[[], nn.Module] | None
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
-        turn(total.item)
+        yield total
 
 
 class _WithLoss(nn.Module):

@@ -66,15 +66,22 @@ def train(
     race: peers.Training,
     who: list[str],
     *,
-    blocks: int = 6,
-    block_seconds: float = 1.0,
+    blocks: int = 5,
+    block_seconds: float = 0.7,
+    warmup_steps: int = 3,
     together: bool = True,
     note: str = "",
     profiled: bool = True,
 ) -> Part:
     def run() -> dict[str, Any]:
         return training.measure(
-            race, who, blocks=blocks, block_seconds=block_seconds, together=together, profiled=profiled
+            race,
+            who,
+            blocks=blocks,
+            block_seconds=block_seconds,
+            warmup_steps=warmup_steps,
+            together=together,
+            profiled=profiled,
         )
 
     seconds = training.expected_seconds(race, len(who), blocks=blocks, block_seconds=block_seconds, together=together)
@@ -144,24 +151,24 @@ def cpu(device: str | None, threads: int | None) -> list[Part]:
         "gpt", "char-gpt-cpu", {**characters, "n_layer": 2, "n_embd": 64, "block_size": 32}, micro_batch_size=4, **at
     )
     toy = peers.Training("gpt", "char-gpt-cpu", characters, micro_batch_size=12, **at)
-    small = peers.Training("gpt", "char-gpt", {**characters, "dropout": 0.0}, micro_batch_size=8, **at)
-    gpt2 = peers.Training("gpt", "gpt2", {"n_layer": 2}, micro_batch_size=2, seq_len=256, **at)
-    llama = peers.Training("llama", "llama-110m", {"num_hidden_layers": 2}, micro_batch_size=2, seq_len=256, **at)
+    small = peers.Training("gpt", "char-gpt", {**characters, "dropout": 0.0}, micro_batch_size=4, **at)
+    gpt2 = peers.Training("gpt", "gpt2", {"n_layer": 2}, micro_batch_size=1, seq_len=256, **at)
+    llama = peers.Training("llama", "llama-110m", {"num_hidden_layers": 2}, micro_batch_size=1, seq_len=256, **at)
     bitnet = peers.Training("bitnet", "bitnet-15m", micro_batch_size=2, train={"quantize_after_fraction": 0.0}, **at)
     texts = {"prompt_tokens": 32, "new_tokens": 64}
     return [
-        train("toy", tiny, ALL, blocks=10, note="2 layers, 64 wide, 4 x 32 tokens: what a loop costs beside the arithmetic"),
-        train("char-gpt-cpu", toy, ALL, blocks=10, note="nanoGPT's published CPU setting"),
+        train("toy", tiny, ALL, blocks=8, note="2 layers, 64 wide, 4 x 32 tokens: what a loop costs beside the arithmetic"),
+        train("char-gpt-cpu", toy, ALL, blocks=8, note="nanoGPT's published CPU setting"),
         train(
-            "char-gpt-cpu, compiled", replace(toy, compile=True), ["llmforge", "plain_loop", "transformers_trainer", "litgpt_model"], profiled=False,
+            "char-gpt-cpu, compiled", replace(toy, compile=True), ["llmforge", "transformers_trainer", "litgpt_model"], profiled=False,
         ),
-        train("char-gpt", small, ALL, note="nanoGPT's shakespeare_char, 8 rows instead of 64, without dropout"),
-        train("char-gpt, dropout", replace(small, changes=characters), FEW, note="as published, 8 rows instead of 64"),
-        train("gpt2 width", gpt2, ALL, blocks=5, note="GPT-2's width and vocabulary, 2 of 12 layers, 256 tokens"),
-        train("llama-110m width", llama, ALL, blocks=5, note="2 of 12 layers, 256 tokens"),
-        train("bitnet-15m", bitnet, FEW, blocks=5, note="ternary weights, 8-bit activations"),
+        train("char-gpt", small, ALL, warmup_steps=2, note="nanoGPT's shakespeare_char, 4 rows instead of 64, without dropout"),
+        train("char-gpt, dropout", replace(small, changes=characters), FEW, warmup_steps=2, note="as published, 4 rows instead of 64"),
+        train("gpt2 width", gpt2, ALL, warmup_steps=2, note="GPT-2's width and vocabulary, 2 of 12 layers, 256 tokens"),
+        train("llama-110m width", llama, ALL, warmup_steps=2, note="2 of 12 layers, 256 tokens"),
+        train("bitnet-15m", bitnet, FEW, note="ternary weights, 8-bit activations"),
         generate("char-gpt", generation.Generation("gpt", "char-gpt", {**characters, "dropout": 0.0}, **at, **texts), ["llmforge", "llmforge_without_cache", "transformers", "litgpt"]),
-        generate("gpt2 width", generation.Generation("gpt", "gpt2", {"n_layer": 2}, **at, **texts), ["llmforge", "llmforge_compiled", "transformers", "litgpt"], seconds=70),
+        generate("gpt2 width", generation.Generation("gpt", "gpt2", {"n_layer": 2}, **at, **texts), ["llmforge", "llmforge_compiled", "transformers", "litgpt"], seconds=40),
         script("qlora", "llama-110m width", "qlora_step.py", ["--preset", "llama-110m", "--layers", 2, "--tokens", 256, "--device", "cpu", "--repeat", 5], 40, "2 of 12 layers"),
         script("data_preparation", "text to ids", "data_preparation.py", [], 60),
     ]  # fmt: skip
@@ -188,8 +195,8 @@ def rtx4070(device: str | None, threads: int | None) -> list[Part]:
         train={"quantize_after_fraction": 0.0}, **at,
     )  # fmt: skip
     texts = {"prompt_tokens": 8, "new_tokens": 8} if pretend else {"prompt_tokens": 64, "new_tokens": 256}
-    blocks = 2 if pretend else 8
-    apart = {"together": False, "blocks": blocks, "block_seconds": 0.01 if pretend else 2.0}
+    blocks = 2 if pretend else 6
+    apart = {"together": False, "blocks": blocks, "block_seconds": 0.01 if pretend else 1.5}
     side_by_side = {"blocks": blocks, "block_seconds": 0.01 if pretend else 1.0}
     mains = ["llmforge", "plain_loop", "transformers_trainer", "transformers_model", "litgpt_model"]
     qlora = ["--preset", "llama-15m" if pretend else "llama-3.2-1b", "--tokens", 16 if pretend else 2048, "--repeat", 3, "--gpu-gb", GPU_GB]  # fmt: skip
@@ -198,11 +205,11 @@ def rtx4070(device: str | None, threads: int | None) -> list[Part]:
     return [
         train("gpt2", compiled, mains, **apart, note="context 1024, 16 rows a step, compiled, sdpa"),
         train("gpt2, eager", gpt2, FEW, **apart, note="context 1024, 16 rows a step, sdpa"),
-        largest("gpt2, largest micro-batch", replace(compiled, grad_accum_steps=1), ["llmforge", "transformers_trainer", "transformers_model"], limit_gb=GPU_GB, seconds=400),
+        largest("gpt2, largest micro-batch", replace(compiled, grad_accum_steps=1), ["llmforge", "transformers_model"], limit_gb=GPU_GB, seconds=380),
         train("char-gpt", char, ALL, **side_by_side, note="nanoGPT's shakespeare_char as published"),
-        train("char-gpt, compiled", replace(char, compile=not pretend), FEW, **side_by_side),
-        train("llama-110m", llama, mains, **apart),
-        train("bitnet-42m", bitnet, FEW, **apart),
+        train("char-gpt, compiled", replace(char, compile=not pretend), ["llmforge", "transformers_trainer"], **side_by_side),
+        train("llama-110m", llama, ["llmforge", "transformers_model", "litgpt_model"], **apart),
+        train("bitnet-42m", bitnet, ["llmforge", "plain_loop"], **apart),
         generate("gpt2", generation.Generation("gpt", "gpt2", less["gpt"], dtype=dtype, **at, **texts), list(generation.CONTESTANTS), blocks=blocks, seconds=150),
         *[script("qlora", f"{qlora[1]}, {kind}", "qlora_step.py", [*qlora, "--kinds", kind], 45) for kind in ("nf4", "dense", "peft")],
         script("data_preparation", "text to ids", "data_preparation.py", [], 60),

@@ -25,8 +25,8 @@ import machine
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peers import plain_steps
 from torch import Tensor, nn
-from training import plain_loop
 
 from llmforge import GPT, GPTConfig, TokenDataset, TrainConfig, Trainer
 from llmforge.training import build_optimizer, chunked_next_token_loss, next_token_loss
@@ -90,10 +90,12 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
     def data() -> TokenDataset:
         return TokenDataset(ids, vocab_size=model_config.vocab_size)
 
+    T = model_config.block_size
+    places = np.random.default_rng(1).integers(0, len(ids) - T - 1, (500, rows))
     trainer = Trainer(model(), data(), config=config)
     sides: dict[str, Callable[[], object]] = {
         "llmforge": functools.partial(next, trainer),
-        "plain_loop": plain_loop(model(), ids, config, torch.float32, torch.device("cpu")),
+        "plain_loop": functools.partial(next, plain_steps(model(), ids, places, config, T)),
         "bare": bare_step(model(), data(), config),
     }
     if args.compile:

@@ -121,9 +121,10 @@ def expected_seconds(
     peak = (known or peak_flops("NVIDIA GeForce RTX 4070", "bfloat16") or 0.0) if on_gpu else 50e9 * (race.threads or 1)
     shape = peers.describe(race)
     step = shape["flops_per_token"] * race.tokens_per_step / (peak * (0.35 if on_gpu else 0.6))
-    start = (10 if on_gpu else 4) + (45 if race.compile else 0)
+    start = 8 if on_gpu else 2.5
+    compiling = (40 + (0 if together else 12)) * race.compile  # for the second time torch finds what it compiled
     starts = 1 if together else 2
-    return contestants * (starts * (start + (warmup_steps + 1) * step) + blocks * max(step, block_seconds))
+    return contestants * (compiling + starts * (start + (warmup_steps + 1) * step) + blocks * max(step, block_seconds))
 
 
 def main() -> None:
