@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", help="text file, or folder of .txt files")
     parser.add_argument(
         "--preset",
-        help="char-gpt, char-gpt-cpu, gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-15m, llama-42m, llama-110m, llama-350m, "
+        help="char-gpt, char-gpt-cpu, modern, gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-15m, llama-42m, llama-110m, llama-350m, "
         "llama-3.2-1b or llama-3-8b; with ternary weights bitnet-15m, bitnet-42m, bitnet-110m, bitnet-350m, bitnet-2b-4t or bit-gpt "
         "(default: a char model for the GPU or CPU at hand)",
     )

@@ -111,15 +111,22 @@ def inputs_of_files(files: Sequence[Path], **options: object) -> dict[str, Any]:
 
 
 def family_of(config: Any) -> Family:
-    """The family whose files can say all that this config says.
-
-    Raises:
-        ConvertError: there is none.
+    """The family whose files can say all that this config says; where there is none, one of the same model, which only llmforge's own
+    folders hold: exporters ask `check_expressed`.
     """
     families = [family for family in FAMILIES if type(config) is family.config_class]
-    for family in families:
-        if family.expresses(config):
-            return family
+    return next((family for family in families if family.expresses(config)), families[0])
+
+
+def check_expressed(family: Family, config: Any) -> None:
+    """Refuse to write a model into files that cannot say what it computes.
+
+    Raises:
+        ConvertError: with the reason, and the way out where one setting is to blame.
+    """
+    if family.expresses(config):
+        return
+    families = [family for family in FAMILIES if type(config) is family.config_class]
     known = ", ".join(family.hf_model_type for family in families)
     reason = next((reason for family in families if (reason := family.refusal(config))), None)
     if reason is not None:
@@ -246,9 +253,10 @@ def prepare(published: Published, tokenizer: Tokenizer | None) -> Published:
     """The model with all that its family's files must have, its vocabulary fitted to the tokenizer's, its values checked when read.
 
     Raises:
-        ConvertError: a tokenizer of another vocabulary; when a tensor is read: NaN or infinity.
+        ConvertError: settings that no such file can say; a tokenizer of another vocabulary; when a tensor is read: NaN or infinity.
     """
     family, notes = published.family, list(published.notes)
+    check_expressed(family, published.config)
     tensors = {name: tensor.then(_finite(name), by_row=True) for name, tensor in published.tensors.items()}
     config, tensors = family.complete(published.config, tensors)
     if tokenizer is not None:
