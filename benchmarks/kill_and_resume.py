@@ -229,7 +229,9 @@ def final_state(out: Path, step: int) -> dict[str, str]:
         for key in sorted(state[index]):
             digest.update(state[index][key].numpy().tobytes())
     kept = ("step", "loss", "val_loss", "lr", "grad_norm")
-    lines = [line for line in read_log(out / "log.jsonl") if "loss" in line or "val_loss" in line]  # not those of beginnings
+    lines = [
+        line for line in read_log(out / "log.jsonl") if "loss" in line or "val_loss" in line
+    ]  # not those of beginnings
     log = [[line[key] for key in kept if key in line] for line in lines]
     return {
         "weights": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),

@@ -36,6 +36,10 @@ class OutOfMemoryError(LLMForgeError, RuntimeError):
     """The device's memory does not hold what a step needs; the message says what to change, and by how much."""
 
 
+class LostRankError(LLMForgeError, RuntimeError):
+    """Of the processes that train one model another one has ended, or cannot be reached."""
+
+
 class DivergedError(LLMForgeError, RuntimeError):
     """Training that came to values that are not finite; the message names the last good checkpoint."""
 

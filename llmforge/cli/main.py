@@ -22,6 +22,7 @@ from llmforge.cli import (
     train,
     verify,
 )
+from llmforge.cli.program import first_speaks
 from llmforge.errors import LLMForgeError
 
 # None of these modules imports torch before its `run` is called: `llmforge --help` answers at once.
@@ -54,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    speaker = first_speaks()
     try:
         return int(_COMMANDS[args.command].run(args))
     except LLMForgeError as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{speaker}error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         return _resume(args)
     from llmforge.cli.run_config import RunConfig, parse_settings
     from llmforge.config import read_yaml_mapping
+    from llmforge.training.distributed import is_restart, join
 
     file_layer = read_yaml_mapping(args.config) if args.config is not None else {}
     text = args.text or file_layer.get("text")
@@ -105,8 +106,9 @@ def run(args: argparse.Namespace) -> int:
     layers = [defaults, file_layer, {"text": text}, options, parse_settings(args.set)]
     config = RunConfig.resolve(preset, layers)
     _check_twin(config, args)
-    tokenizer = config.tokenizer.build(Path(config.text))
-    return _train_all(config.with_vocabulary(tokenizer), tokenizer, args)
+    tokenizer = join(config.train.device).first_decides(lambda: config.tokenizer.build(Path(config.text)))
+    # After a process has died, torchrun starts all of them again with the command line of the beginning.
+    return _train_all(config.with_vocabulary(tokenizer), tokenizer, args, resume=is_restart())
 
 
 def _resume(args: argparse.Namespace) -> int:
@@ -114,6 +116,7 @@ def _resume(args: argparse.Namespace) -> int:
     from llmforge.config import read_yaml_mapping
     from llmforge.tokenizers import load_tokenizer
     from llmforge.training import find_checkpoint, list_checkpoints
+    from llmforge.training.distributed import join
 
     given = [
         name
@@ -144,10 +147,13 @@ def _resume(args: argparse.Namespace) -> int:
         )
     config = config.replace(train={**config.train.to_dict(), **changes.get("train", {}), "out_dir": str(run_folder)})
     _check_twin(config, args)
-    tokenizer = None
-    if list_checkpoints(run_folder):  # the vocabulary that the run began with, whatever became of the text since
-        tokenizer = load_tokenizer(find_checkpoint(run_folder))
-    tokenizer = tokenizer or config.tokenizer.build(Path(config.text))
+
+    def first_vocabulary() -> "Tokenizer":
+        """That which the run began with, whatever became of the text since."""
+        found = load_tokenizer(find_checkpoint(run_folder)) if list_checkpoints(run_folder) else None
+        return found or config.tokenizer.build(Path(config.text))
+
+    tokenizer = join(config.train.device).first_decides(first_vocabulary)
     config = config.with_vocabulary(tokenizer)
     return _train_all(config, tokenizer, args, resume=True)
 
@@ -165,8 +171,11 @@ def _check_twin(config: "RunConfig", args: argparse.Namespace) -> None:
 def _train_all(config: "RunConfig", tokenizer: "Tokenizer", args: argparse.Namespace, *, resume: bool = False) -> int:
     """Train the model, and its twin where that is asked for."""
     trainer = build_trainer(config, tokenizer)
-    if resume and not trainer.resume():
-        print(f"{trainer.out_dir} has no checkpoint yet: starting from the beginning", file=sys.stderr)
+    if resume:
+        if trainer.resume():
+            print(f"resumed  {trainer.out_dir}: going on after step {trainer.step}")
+        elif trainer.ranks.is_first:
+            print(f"{trainer.out_dir} has no checkpoint yet: starting from the beginning", file=sys.stderr)
     code = train(trainer, config)
     if code == 0 and args.twin:
         from llmforge.cli.twin import train_twin
@@ -204,8 +213,10 @@ def default_preset() -> str:
 def build_trainer(config: "RunConfig", tokenizer: "Tokenizer") -> "Trainer":
     """Data, model and trainer of a run, announced on the screen."""
     from llmforge.training import Trainer
+    from llmforge.training.distributed import join
 
-    train_data, val_data = config.data(tokenizer)
+    with join(config.train.device).first_goes_ahead():
+        train_data, val_data = config.data(tokenizer)
     model = config.new_model()
     trainer = Trainer(model, train_data, val_data=val_data, tokenizer=tokenizer, config=config.train)
     kind = type(tokenizer).__name__.removesuffix("Tokenizer").lower()
@@ -218,6 +229,7 @@ def build_trainer(config: "RunConfig", tokenizer: "Tokenizer") -> "Trainer":
         f"model    {model.num_params() / 1e6:.2f} million weights: {shape}; {trainer.device}, {trainer.dtype}".replace(
             "torch.", ""
         )
+        + (f"; {trainer.ranks.world_size} processes ({config.train.distributed})" if trainer.ranks.are_several else "")
     )
     return trainer
 
@@ -231,7 +243,7 @@ def run_trainer(trainer: "Trainer", config: "Config", *, command: str = "train")
     from llmforge.formats.atomic import atomic_file
 
     trainer.check_out_dir()
-    if trainer.out_dir is not None:
+    if trainer.out_dir is not None and trainer.ranks.is_first:
         with atomic_file(trainer.out_dir / "config.yaml") as tmp:
             tmp.write_text(config.to_yaml(), encoding="utf-8")
         print(
@@ -279,7 +291,7 @@ def report(result: "TrainResult", trainer: "Trainer") -> None:
     if result.val_loss is not None and result.best_val_loss is not None and result.best_val_loss < result.val_loss:
         print(f"         the best validation loss was {result.best_val_loss:.4f} at step {result.best_step}: "
               f"--checkpoint best uses it")  # fmt: skip
-    if trainer.out_dir is not None:
+    if trainer.out_dir is not None and trainer.ranks.is_first:
         write_loss_curve(trainer.out_dir)
         print(
             f"files    {trainer.out_dir}: {result.checkpoint.name if result.checkpoint else 'no new checkpoint'}, log.jsonl, loss.png, loss.html"

@@ -35,6 +35,7 @@ from llmforge.formats.atomic import atomic_folder, restore_set_aside, sweep_left
 from llmforge.formats.lazy import LazyTensor
 from llmforge.formats.safetensors import read_safetensors, write_safetensors
 from llmforge.tokenizers import Tokenizer
+from llmforge.training.distributed import copy_whole_, is_divided, own_part
 
 MODEL_FILE = "model.safetensors"
 FAMILY_KEY = "llmforge_family"  # in config.json: tells our folders from Hugging Face's
@@ -57,6 +58,7 @@ class TrainerState:
     settings: Mapping[str, Any]  # TrainConfig.to_dict()
     micro_batch_size: int | None  # as it was in the end: found, or halved by a step without enough memory
     skipped_steps: int
+    world_size: int  # processes, each of which read its part of a step
     data_fingerprint: str | None
 
 
@@ -125,6 +127,7 @@ class Snapshot:
                 "settings": state.settings,
                 "micro_batch_size": state.micro_batch_size,
                 "skipped_steps": state.skipped_steps,
+                "world_size": state.world_size,
             }
             _write_json(tmp / "trainer.json", summary)
             _write_json(tmp / "manifest.json", {file.name: _checksum(file) for file in sorted(tmp.iterdir())})
@@ -167,9 +170,11 @@ def write_model_folder(folder: Path, model: nn.Module, tokenizer: Tokenizer | No
     WholeModel().capture(model, tokenizer, the_tensor_itself)(folder)
 
 
-def read_state(folder: Path) -> TrainerState:
+def read_state(folder: Path, *, mapped: bool = False) -> TrainerState:
     """Check a checkpoint's files and read all but the weights.
 
+    Args:
+        mapped: leave the optimizer's state in the file until it is used: for ranks that need a part of it.
     Raises:
         CheckpointError: a file is missing or damaged, or holds something else than a trainer's state.
     """
@@ -179,7 +184,7 @@ def read_state(folder: Path) -> TrainerState:
     except ConfigError as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     try:
-        tensors = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        tensors = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises a dozen kinds here, UnpicklingError for code in the file among them
         raise CheckpointError(f"{folder / 'trainer.pt'} cannot be read as plain tensors: {error}") from error
     try:
@@ -191,6 +196,7 @@ def read_state(folder: Path) -> TrainerState:
             settings=summary["settings"],
             micro_batch_size=summary.get("micro_batch_size"),
             skipped_steps=summary.get("skipped_steps", 0),
+            world_size=summary.get("world_size", 1),
             data_fingerprint=summary["data_fingerprint"],
         )
     except (KeyError, TypeError) as error:
@@ -217,7 +223,9 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[tuple[int, int]] = set()
     unique = {}
     for name, tensor in model.state_dict().items():
-        identity = (tensor.data_ptr(), tensor.numel())
+        # Of a tensor that is divided over ranks some have nothing, but a place for it.
+        place = own_part(tensor).untyped_storage() if is_divided(tensor) else tensor
+        identity = (place.data_ptr(), tensor.numel())
         if tensor.numel() == 0 or identity not in seen:
             unique[name] = tensor
             seen.add(identity)
@@ -244,7 +252,7 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
         raise CheckpointError(f"{folder} does not fit this model: {found}; build the model from its config.json")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name].read())
+            copy_whole_(tensor, tensors[name].read())
 
 
 def list_checkpoints(run: Path) -> list[Path]:

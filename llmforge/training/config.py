@@ -165,6 +165,8 @@ class TrainConfig(Config):
     # torch.compile in the steps; needs a C++ compiler (CPU) or Triton (GPU), and does without, with a warning, where there is none.
     # None = on CUDA with Triton, in runs of 1000 micro-steps or more.
     compile: bool | None = None
+    # With several processes (torchrun): "ddp", the whole model on each; "fsdp", a part of weights, gradients and optimizer state on each.
+    distributed: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 1337  # of the data order and dropout; the initial weights come from whoever built the model
 
     log_every_steps: int = 10  # lines in log.jsonl
@@ -262,6 +264,8 @@ class TrainConfig(Config):
             raise ConfigError(
                 f"trackers ({', '.join(self.trackers)}) need a run folder, where a resumed run finds them again; set out_dir"
             )
+        if self.distributed not in ("ddp", "fsdp"):
+            raise ConfigError(f"distributed ({self.distributed!r}) must be 'ddp' or 'fsdp'")
         if self.dtype not in ("float32", "tf32", "bfloat16", "float16", None):
             raise ConfigError(
                 f"dtype ({self.dtype!r}) must be 'float32', 'tf32', 'bfloat16', 'float16' or null (automatic)"

@@ -15,22 +15,27 @@ _OF_FREE_MEMORY = 0.8  # on a GPU: what is kept for the backward pass is most of
 _OF_FREE_RAM = 0.25  # on a CPU: a process that asks for too much is killed, without an error that one could act on
 
 
-def split_rows(config: TrainConfig, seq_len: int) -> tuple[int, int | None]:
-    """Sequences per step and per forward pass; None for the latter = to be found.
+def split_rows(config: TrainConfig, seq_len: int, world_size: int = 1) -> tuple[int, int | None]:
+    """Sequences per step, of all ranks, and per forward pass; None for the latter = to be found.
 
     Raises:
-        ConfigError: tokens_per_step is no whole number of micro-batches.
+        ConfigError: tokens_per_step is no whole number of micro-batches, or cannot be divided over the ranks.
     """
     size = config.micro_batch_size if isinstance(config.micro_batch_size, int) else None
     if config.tokens_per_step is None:
-        return (size or 1) * config.grad_accum_steps, size
+        return (size or 1) * config.grad_accum_steps * world_size, size
     rows, rest = divmod(config.tokens_per_step, seq_len)
     if rest or rows < 1:
         raise ConfigError(
             f"tokens_per_step ({config.tokens_per_step}) must be a multiple of seq_len ({seq_len}); {max(1, rows) * seq_len} is the nearest"
         )
-    if size is not None and rows % size:
-        near = max(1, rows // size) * size * seq_len
+    if rows % world_size:
+        raise ConfigError(
+            f"tokens_per_step ({config.tokens_per_step}) is {rows} sequences of {seq_len}, which cannot be divided over {world_size} "
+            f"processes; use {max(1, rows // world_size) * world_size * seq_len}"
+        )
+    if size is not None and rows % (size * world_size):
+        near = max(1, rows // (size * world_size)) * size * world_size * seq_len
         raise ConfigError(
             f"tokens_per_step ({config.tokens_per_step}) is {rows} sequences of {seq_len}, no whole number of micro-batches of {size}; "
             f"use {near}, another micro_batch_size, or micro_batch_size=auto"

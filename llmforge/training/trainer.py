@@ -4,15 +4,23 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from llmforge.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryError, some
+from llmforge.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    LostRankError,
+    OutOfMemoryError,
+    some,
+)
 from llmforge.generation import generate_text
 from llmforge.nn import bit_linears, constant_weights, set_quantization_
 from llmforge.tokenizers import Tokenizer
@@ -34,7 +42,17 @@ from llmforge.training.checkpoint import (
 )
 from llmforge.training.compiling import CompiledModel, compiling_pays
 from llmforge.training.config import TrainConfig
-from llmforge.training.devices import arithmetic, arithmetic_dtype, own_randomness, pick_device
+from llmforge.training.devices import arithmetic, arithmetic_dtype, own_randomness
+from llmforge.training.distributed import (
+    Replicas,
+    Wishes,
+    gathering,
+    how_to_go_on,
+    join,
+    own_part,
+    rebind_,
+    scattered,
+)
 from llmforge.training.loss import LossFunction, default_loss
 from llmforge.training.metrics import EvalMetrics, StepMetrics, TrainResult, flops_per_token
 from llmforge.training.micro_batch import bytes_per_row, free_bytes, split_rows
@@ -91,7 +109,8 @@ class Trainer:
     ) -> None:
         self.config = config
         self.model_files = model_files
-        self.device = pick_device(config.device)
+        self.ranks = join(config.device)
+        self.device = self.ranks.device(config.device)
         self.dtype = arithmetic_dtype(config.dtype, self.device)
         self.model = model.to(self.device)
         if config.activation_checkpointing != "none":
@@ -105,6 +124,8 @@ class Trainer:
         self.train_data, self.val_data = train_data, val_data
         self.tokenizer = tokenizer
         self.loss_fn: LossFunction = loss_fn or default_loss(model)
+        self._has_bit_linears = bool(bit_linears(model))
+        self._replicas = self._replicated(optimizer)
         self.optimizer = optimizer if optimizer is not None else build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         seq_len = config.seq_len or getattr(model, "context_length", None)
@@ -113,8 +134,8 @@ class Trainer:
                 raise ConfigError("seq_len must be set: this model names no context_length of its own")
             seq_len = 1  # data without sequences takes no notice
         self.seq_len: int = seq_len
-        # Sequences per step, and per forward pass; None = found out before the first one.
-        self.rows, self._micro_batch_size = split_rows(config, seq_len)
+        # Sequences per step, of all ranks, and per forward pass; None = found out before the first one.
+        self.rows, self._micro_batch_size = split_rows(config, seq_len, self.ranks.world_size)
         self.out_dir = Path(config.out_dir) if config.out_dir is not None else None
         self._writer = None if self.out_dir is None else CheckpointWriter(self.out_dir, keep_last=config.keep_last)
         self.step = 0  # steps done
@@ -123,18 +144,46 @@ class Trainer:
         self._skipped_in_a_row = torch.zeros_like(self.skipped_steps)
         # The device writes here when it has got so far: to read it never waits, and is a few steps late on a GPU.
         self._skipped_as_known = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self._wishes = Wishes(self.device) if self.ranks.are_several else None
         self.last_eval: EvalMetrics | None = None
         self._params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._weight_decays = [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
-        self._has_bit_linears = bool(bit_linears(model))
         self._check()
         self._modules = list(model.modules())
         self._batches = Batches(self.device)
         self._flops_per_token = flops_per_token(model, seq_len)
-        self._peak_flops = device_peak_flops(self.device, str(config.dtype or self.dtype).removeprefix("torch."))
+        peak_flops = device_peak_flops(self.device, str(config.dtype or self.dtype).removeprefix("torch."))
+        self._peak_flops = None if peak_flops is None else peak_flops * self.ranks.world_size
         micro_steps = config.max_steps * max(1, self.rows // (self._micro_batch_size or self.rows))
         compile = config.compile if config.compile is not None else compiling_pays(self.device, micro_steps=micro_steps)
-        self._compiled = CompiledModel(model, insist=bool(config.compile)) if compile else None
+        to_compile = self._replicas.to_compile() if compile else []
+        self._compiled = CompiledModel(*to_compile, insist=bool(config.compile)) if to_compile else None
+
+    def _replicated(self, optimizer: torch.optim.Optimizer | None) -> Replicas:
+        """The model on all ranks; an optimizer that was made for it goes with it."""
+        config = self.config
+        if self.ranks.are_several and config.distributed == "fsdp":
+            if config.optimizer != "adamw":
+                raise ConfigError(
+                    f"optimizer {config.optimizer!r} needs whole weights, and distributed='fsdp' divides them; use 'adamw', whose state is "
+                    "divided as well, or distributed='ddp'"
+                )
+            if not isinstance(self.model_files, (WholeModel, type(None))):
+                raise ConfigError("distributed='fsdp' is for all weights of a model, not for adapters; use 'ddp'")
+            if config.micro_batch_size == "auto":
+                raise ConfigError("micro_batch_size 'auto' is not for distributed='fsdp'; set a number")
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        # Ternary layers round the float32 weights: of rounded ones they would make other codes than an export does.
+        half = self.dtype if self.dtype is not torch.float32 and self.device.type == "cuda" else None
+        replicas = Replicas(
+            self.model,
+            self.ranks,
+            kind=config.distributed,
+            blocks_dtype=None if self._has_bit_linears else half,
+        )
+        if optimizer is not None and replicas.is_sharded:
+            rebind_(optimizer, names, self.model)
+        return replicas
 
     def _check(self) -> None:
         if not self._has_bit_linears and quantization_strength(0, self.config) < 1:
@@ -172,7 +221,7 @@ class Trainer:
         """Do one optimizer step; StopIteration after max_steps."""
         if self.step >= self.config.max_steps:
             raise StopIteration
-        with self._arithmetic():
+        with self.ranks.explained(lambda: f"in step {self.step + 1}"), self._arithmetic():
             return self._do_step()
 
     def _do_step(self) -> StepMetrics:
@@ -191,9 +240,9 @@ class Trainer:
         batch = self._batches.get(
             self.step, self._batch, source=self.train_data, is_last=self.step + 1 == config.max_steps
         )
-        num_tokens = batch[0].numel()
-        loss_sum, num_targets = self._gradients_that_fit(batch, num_tokens)
-        # The gradient so far is that of loss_sum / num_tokens; what is wanted is the mean over the targets.
+        num_tokens = batch[0].numel() * self.ranks.world_size
+        loss_sum, num_targets = self._over_ranks(*self._gradients_that_fit(batch))
+        # The gradient so far is that of loss_sum / num_tokens, of all ranks; what is wanted is the mean over the targets.
         num_targets = num_targets.clamp(min=1)
         grad_norm = self._rescale_and_clip_gradients(num_tokens / num_targets)
         skipped = ~(loss_sum.isfinite() & grad_norm.isfinite())
@@ -222,6 +271,27 @@ class Trainer:
             peak_flops=self._peak_flops,
         )
 
+    def _own_rows(self, batch: Sequence[Tensor], step: int) -> Sequence[Tensor]:
+        """This rank's rows of a step's batch. All ranks read the same batch: so any number of them sees the same data."""
+        if not self.ranks.are_several:
+            return batch
+        rows = self.rows // self.ranks.world_size
+        if len(batch[0]) != self.rows:
+            raise DataError(
+                f"train_data gave {len(batch[0])} sequences for step {step + 1} instead of {self.rows}, which cannot be divided over "
+                f"{self.ranks.world_size} processes"
+            )
+        return [part[self.ranks.rank * rows :][:rows] for part in batch]
+
+    def _over_ranks(self, loss_sum: Tensor, num_targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over all ranks of what they found in a step, and with them, what they wish."""
+        if self._wishes is None:
+            return loss_sum, num_targets
+        found = torch.stack([loss_sum.double(), num_targets.double()])
+        message = self.ranks.sum_(torch.cat([found, self._wishes.sent()]))
+        self._wishes.receive(message[2:])
+        return message[0].float(), message[1].long()
+
     @property
     def micro_batch_size(self) -> int:
         """Sequences per forward pass, as configured; "auto" and what a step without enough memory made of it included."""
@@ -230,7 +300,8 @@ class Trainer:
         return self._micro_batch_size
 
     def _batch(self, step: int) -> Sequence[Tensor]:
-        return self.train_data.batch(step, batch_size=self.rows, seq_len=self.seq_len, seed=self.config.seed)
+        batch = self.train_data.batch(step, batch_size=self.rows, seq_len=self.seq_len, seed=self.config.seed)
+        return self._own_rows(batch, step)
 
     def _found_micro_batch_size(self) -> int:
         """The largest part of a step, one of equal parts, whose activations fit into the memory that is free."""
@@ -242,23 +313,29 @@ class Trainer:
             trained if self.optimizer.state else 3 * trained
         )  # gradients; and AdamW's two moments, made in the first step
         fitting = max(1, (free_bytes(self.device) - coming) // max(1, needed))
-        return max(size for size in range(1, self.rows + 1) if self.rows % size == 0 and size <= fitting)
+        rows = self.rows // self.ranks.world_size
+        found = max(size for size in range(1, rows + 1) if rows % size == 0 and size <= fitting)
+        return self.ranks.smallest(found)
 
-    def _gradients_that_fit(self, batch: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
+    def _gradients_that_fit(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """`_accumulate_gradients`; without enough memory again, in micro-batches of half the size, from then on."""
         as_before = self.micro_batch_size
         while True:
             try:
-                with _own_randomness(self.config.seed, self.step, self.device), constant_weights():
-                    return self._accumulate_gradients(batch, num_tokens)
+                randomness = _own_randomness(self.config.seed, self.step, self.device, self.ranks.rank)
+                with randomness, self._constant_weights():
+                    return self._accumulate_gradients(batch)
             except Exception as error:
                 if not is_out_of_memory(error):
                     if self._compiled is None or not self._compiled.give_up(error):
                         raise
+                    if self._replicas.is_sharded:  # which an error in the middle of a pass leaves between two states
+                        raise ConfigError(f"the blocks could not be compiled ({error}); set compile=false") from error
                     self._compiled = None
                     self.optimizer.zero_grad(set_to_none=True)
                     continue
-                if self.micro_batch_size == 1:
+                # Of several ranks the others would not do it again, and wait for this one.
+                if self.micro_batch_size == 1 or self.ranks.are_several:
                     failure = self._out_of_memory(error, f"step {self.step + 1}", ", and the step was not done")
                     self._micro_batch_size = as_before  # that of the steps done, which a resumed run repeats to the bit
                     raise failure from error
@@ -273,17 +350,20 @@ class Trainer:
                 stacklevel=4,
             )
 
-    def _accumulate_gradients(self, batch: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
+    def _accumulate_gradients(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Forward and backward over the micro-batches; returns the step's loss sum and number of targets."""
         loss_sum = torch.zeros((), device=self.device)
         num_targets = torch.zeros((), dtype=torch.int64, device=self.device)
-        size = self.micro_batch_size
-        for first in range(0, batch[0].shape[0], size):
+        num_tokens = batch[0].numel()
+        size, rows = self.micro_batch_size, batch[0].shape[0]
+        for first in range(0, rows, size):
             micro_batch = on_device([part[first : first + size] for part in batch], self.device)
-            with self._autocast(), self._compiled or nullcontext():
-                micro_sum, micro_targets = self.loss_fn(self.model, micro_batch)
-            # A sum over many tokens would overflow float16 gradients: divide by a count known beforehand.
-            self.scaler.scale(micro_sum / num_tokens).backward()  # type: ignore[no-untyped-call]
+            with self._replicas.micro_step(is_last=first + size >= rows):
+                with self._autocast(), self._compiled or nullcontext():
+                    micro_sum, micro_targets = self._replicas.loss(self.loss_fn, micro_batch)
+                # A sum over many tokens would overflow float16 gradients: divide by a count known beforehand. It is that of this rank
+                # alone, because gradients are averaged over the ranks.
+                self.scaler.scale(micro_sum / num_tokens).backward()  # type: ignore[no-untyped-call]
             loss_sum += micro_sum.detach()
             num_targets += micro_targets
         return loss_sum, num_targets
@@ -333,8 +413,9 @@ class Trainer:
         Raises:
             DivergedError: with the name of one.
         """
-        broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not p.isfinite().all()]
-        if broken:
+        broken = [n for n, p in self.model.named_parameters() if p.requires_grad and not own_part(p).isfinite().all()]
+        if self.ranks.smallest(-len(broken)) < 0:
+            broken = broken or ["parts of other ranks"]
             raise DivergedError(
                 f"{some(broken)} had values that are not finite after step {self.step}, so it was not saved"
                 f"{self._where_to_go_on()}; lower lr ({self.config.lr:g}) or warm up longer"
@@ -346,7 +427,7 @@ class Trainer:
         can_checkpoint = hasattr(self.model, "set_activation_checkpointing")
         ways = what_would_fit(
             self.config,
-            rows=self.rows,
+            rows=self.rows // self.ranks.world_size,
             micro_batch_size=self.micro_batch_size,
             seq_len=self.seq_len,
             can_checkpoint=can_checkpoint,
@@ -358,12 +439,19 @@ class Trainer:
         """Multiply all gradients by `factor`, clip their global norm, and return the norm before clipping."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        grads = [p.grad for p in self._params if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads) * factor
+        grads = [own_part(p.grad) for p in self._params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self._replicas.is_sharded:
+            norm = self.ranks.sum_(norm.square()).sqrt()
+        norm = norm * factor
         if self.config.grad_clip is not None:
             factor = factor * (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, factor)
         return norm
+
+    def _constant_weights(self) -> AbstractContextManager[None]:
+        """`constant_weights`; but of sharded ones nothing is kept: that would be all of them, on every rank."""
+        return nullcontext() if self._replicas.is_sharded else constant_weights()
 
     def _set_quantization(self, strength: float) -> None:
         if self._has_bit_linears:
@@ -399,27 +487,40 @@ class Trainer:
             # Examples are counted to the last one; of a long text the windows that fill batches.
             rows_left = sequences if hasattr(data, "num_sequences") else None
             batches = max(1, sequences // size if rows_left is None else -(-sequences // size))
-        loss_sum, num_targets, weights = 0.0, 0, constant_weights()
+        loss_sum, num_targets, weights = 0.0, 0, self._constant_weights()
         self._batches.wait()
         was_training = self.model.training
         self.model.eval()
         self._set_quantization(1.0)  # as it will run
         try:
-            for number in range(batches):
+            for turn in range(-(-batches // self.ranks.world_size)):
+                number = turn * self.ranks.world_size + self.ranks.rank
+                counts = number < batches  # the last turn may have none for this rank
+                number %= batches
                 batch = data.batch(number, batch_size=size, seq_len=self.seq_len, seed=0)
                 if rows_left is not None:
                     batch = [part[: rows_left - number * size] for part in batch]
-                for first in range(0, batch[0].shape[0], self.micro_batch_size):
-                    part = on_device([rows[first : first + self.micro_batch_size] for rows in batch], self.device)
+                for first in range(0, size, self.micro_batch_size):
+                    part = [rows[first : first + self.micro_batch_size] for rows in batch]
+                    is_own = counts and len(part[0]) > 0
+                    if not is_own:
+                        if not self._replicas.is_sharded:
+                            break
+                        part = [rows[:1] for rows in batch]  # the others need this rank's parts of the weights
                     with self._arithmetic(), self._autocast(), weights:
-                        micro_sum, micro_targets = self.loss_fn(self.model, part)
-                    loss_sum += micro_sum.item()
-                    num_targets += int(micro_targets)
+                        micro_sum, micro_targets = self._replicas.loss(self.loss_fn, on_device(part, self.device))
+                    if is_own:
+                        loss_sum += micro_sum.item()
+                        num_targets += int(micro_targets)
+            if self.ranks.are_several:
+                sums = torch.tensor([loss_sum, num_targets], dtype=torch.float64, device=self.device)
+                loss_sum, num_targets = self.ranks.sum_(sums)[0].item(), int(sums[1])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise self._out_of_memory(error, f"the evaluation after step {self.step}") from error
         finally:
+            self._replicas.reshard()
             self.model.train(was_training)
         self.last_eval = EvalMetrics(
             step=self.step,
@@ -434,7 +535,7 @@ class Trainer:
         if self.tokenizer is None:
             raise ConfigError("a sample needs a tokenizer; pass it to the Trainer")
         self._set_quantization(1.0)
-        with self._autocast():
+        with self._autocast(), self._replicas.generating():
             return generate_text(
                 self.model,
                 self.tokenizer,
@@ -453,10 +554,17 @@ class Trainer:
         Raises:
             ConfigError: there is no out_dir.
             WriteError: no permission, no space; older checkpoints stay.
+        Of several ranks all must call it.
         """
         if self._writer is None:
             raise ConfigError("save needs an out_dir in the TrainConfig")
-        return self._writer.write(self._snapshot())
+        writer, take = self._writer, self._to_write()
+
+        def write() -> Path:
+            assert take is not None  # on rank 0
+            return writer.write(take(the_tensor_itself))
+
+        return self.ranks.first_decides(write)
 
     def _snapshot(self, copy: Copy = the_tensor_itself) -> Snapshot:
         """What a checkpoint of this step holds."""
@@ -469,9 +577,17 @@ class Trainer:
             settings=self.config.to_dict(),
             micro_batch_size=self._micro_batch_size,
             skipped_steps=int(self.skipped_steps),
+            world_size=self.ranks.world_size,
             data_fingerprint=getattr(self.train_data, "fingerprint", None),
         )
         return take_snapshot(self.model, self.tokenizer, state, model_files=self.model_files, copy=copy)
+
+    def _to_write(self) -> Callable[[Copy], Snapshot] | None:
+        """What takes a checkpoint of this step, where it is written: on rank 0. Divided weights are put together now, by all ranks."""
+        if self._replicas.is_sharded:
+            snapshot = self._snapshot(gathering(keep=self.ranks.is_first))
+            return (lambda copy: snapshot) if self.ranks.is_first else None
+        return self._snapshot if self.ranks.is_first else None
 
     def resume(self, path: str | Path | None = None) -> bool:
         """Go on from a checkpoint: the run continues bit for bit as if it had never stopped (on the CPU; see docs/training.md).
@@ -483,17 +599,27 @@ class Trainer:
         Raises:
             CheckpointError: `path` is not a checkpoint, is damaged, or belongs to a model of another shape.
         """
-        if path is None:
-            if self.out_dir is None:
-                return False
-            tidy_run(self.out_dir)
-            if not list_checkpoints(self.out_dir):
-                return False
-            path = self.out_dir
-        path = Path(path)
-        if not path.is_dir():
-            raise CheckpointError(f"{path} is not a folder; name a run or one of its step-... folders")
-        path, state = newest_state(path) if list_checkpoints(path) else (path, read_state(path))
+
+        states: dict[Path, TrainerState] = {}
+
+        def find() -> Path | None:
+            folder = self.out_dir if path is None else Path(path)
+            if folder is None:
+                return None
+            if path is None:
+                tidy_run(folder)
+                if not list_checkpoints(folder):
+                    return None
+            if not folder.is_dir():
+                raise CheckpointError(f"{folder} is not a folder; name a run or one of its step-... folders")
+            if list_checkpoints(folder):
+                folder, states[folder] = newest_state(folder)
+            return folder
+
+        found = self.ranks.first_decides(find)  # the same one for all ranks
+        if found is None:
+            return False
+        path, state = found, states.get(found) or read_state(found, mapped=self._replicas.is_sharded)
         before, now = str(state.settings.get("optimizer", "adamw")), self.config.optimizer
         if ("8bit" in before) != ("8bit" in now):
             raise CheckpointError(
@@ -503,7 +629,7 @@ class Trainer:
         (self.model_files or WholeModel()).load_(path, self.model)
         self._warn_of_differences(state)
         try:
-            load_optimizer_state_(self.optimizer, state.optimizer)
+            load_optimizer_state_(self.optimizer, scattered(self.optimizer, state.optimizer))
         except ValueError as error:
             raise CheckpointError(f"the optimizer state in {path} does not fit this optimizer: {error}") from error
         if self.scaler.is_enabled() and state.scaler:
@@ -514,15 +640,19 @@ class Trainer:
             state.settings.get("micro_batch_size") == self.config.micro_batch_size
             and state.micro_batch_size is not None
         ):
-            self._micro_batch_size = min(state.micro_batch_size, self.rows)  # the same bits, with the same parts
+            self._micro_batch_size = min(
+                state.micro_batch_size, self.rows // self.ranks.world_size
+            )  # the same bits, with the same parts
         return True
 
     def _warn_of_differences(self, state: TrainerState) -> None:
         own = self.config.to_dict()
         no_effect = {"out_dir", "keep_last", "async_save", "max_seconds", "trackers", "device", "compile"}
-        no_effect |= {"activation_checkpointing", "num_threads"}
+        no_effect |= {"activation_checkpointing", "num_threads", "distributed"}
         no_effect |= {name for name in own if name.startswith(("log_", "eval_", "sample_", "save_", "diagnose_"))}
-        if _rows_per_step(state.settings, self.seq_len) == self.rows:  # in how many parts changes no sum
+        if (
+            _rows_per_step(state.settings, self.seq_len, state.world_size) == self.rows
+        ):  # in how many parts changes no sum
             no_effect |= {"micro_batch_size", "grad_accum_steps", "tokens_per_step"}
         changed = [
             f"{name} {state.settings[name]!r} -> {value!r}"
@@ -554,20 +684,22 @@ class Trainer:
         start, first_step, num_tokens = time.perf_counter(), self.step, 0
         slowest = 0.0  # seconds of a step with all that comes with it
         metrics: StepMetrics | None = None
+        stopped_by: str | None = None
         checkpoint: Path | None = None
-        best_loss, best_step = self._best_so_far()
+        best_loss, best_step = self.ranks.first_decides(self._best_so_far)
         diagnosis = TernaryDiagnosis(self.model, max_steps=self.config.max_steps) if self._has_bit_linears else None
+        # Of several ranks the first one keeps the records.
         recorder = Recorder(
-            self.config,
+            self.config if self.ranks.is_first else self.config.replace(trackers=()),
             self.model,
-            out_dir=self.out_dir,
+            out_dir=self.out_dir if self.ranks.is_first else None,
             device=self.device,
             dtype=self.dtype,
             step=self.step,
-            progress=progress,
+            progress=progress and self.ranks.is_first,
         )
         try:
-            with stop_signals() as stop:
+            with stop_signals() as stop, self._reported(first_step):
                 began = time.perf_counter()
                 for metrics in self:
                     num_tokens += metrics.num_tokens
@@ -587,29 +719,31 @@ class Trainer:
                     if self.config.max_seconds is not None and stop.requested is None:
                         now = time.perf_counter()
                         slowest, began = max(slowest, now - began), now
-                        if now - start + slowest > self.config.max_seconds:
+                        if now - start + slowest * self._steps_to_agree > self.config.max_seconds:
                             stop.requested = "max_seconds"
+                    stopped_by = self._agreed_stop(stop.requested)
                     if self._writer is not None:
                         self._writer.check()
-                        if last or stop.requested:
+                        if last or stopped_by:
                             self._check_weights()
                             checkpoint = self.save()
-                        elif improved or self._save_is_due(saved_at):
+                        elif self._save_is_due(saved_at) or improved:
                             self._check_weights()
                             saved_at = time.monotonic()
-                            self._writer.begin(self._snapshot, in_background=self.config.async_save)
+                            if (take := self._to_write()) is not None:
+                                self._writer.begin(take, in_background=self.config.async_save)
                             recorder.resume()
-                    if stop.requested:
+                    if stopped_by:
                         break
         except OutOfMemoryError as error:
-            if self.out_dir is None or self.step == first_step or self._is_torn:
+            if self.ranks.are_several or self.out_dir is None or self.step == first_step or self._is_torn:
                 raise
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             raise OutOfMemoryError(f"{error}; {self.save()} holds the steps before it, to go on from") from error
         finally:
             unfinished = self.step < self.config.max_steps
-            recorder.close(self.step, stopped_by=(stop.requested or "error") if unfinished else None)
+            recorder.close(self.step, stopped_by=(stopped_by or stop.requested or "error") if unfinished else None)
             if self._writer is not None:
                 self._writer.finish()
         seconds = time.perf_counter() - start
@@ -621,10 +755,42 @@ class Trainer:
             best_step=best_step,
             seconds=seconds,
             tokens_per_second=num_tokens / seconds if self.step > first_step else 0.0,
-            stopped_by=stop.requested if self.step < self.config.max_steps else None,
+            stopped_by=stopped_by if self.step < self.config.max_steps else None,
             skipped_steps=int(self.skipped_steps),
-            checkpoint=checkpoint,
+            checkpoint=self.ranks.first_decides(lambda: checkpoint),
         )
+
+    @property
+    def _steps_to_agree(self) -> int:
+        """Steps from a wish to stop until the run stops, the next one included."""
+        return 1 if self._wishes is None else 2 + self._wishes.steps_late
+
+    def _agreed_stop(self, wish: str | None) -> str | None:
+        """What ends the run after this step: the wish, or of several ranks the one that all of them know by now."""
+        if self._wishes is None:
+            return wish
+        if wish is not None:
+            self._wishes.wish(wish)
+        return next((name for name in self._wishes.NAMES if name in self._wishes.agreed() and name != "save"), None)
+
+    @contextmanager
+    def _reported(self, first_step: int) -> Iterator[None]:
+        """A lost process ends the block with what to do now. In the block signals are only noted: torchrun sends SIGTERM to those left."""
+        try:
+            with self.ranks.explained(lambda: f"after step {self.step}"):
+                yield
+        except LostRankError as error:
+            raise LostRankError(f"{error}{self._how_to_go_on(first_step)}") from error
+
+    def _how_to_go_on(self, first_step: int) -> str:
+        """What is left when another process was lost; where this one can save the steps before alone, it does."""
+        if self.out_dir is None:
+            return ""
+        can_save = self.ranks.is_first and not self._replicas.is_sharded and not self._is_torn
+        if self._writer is not None and can_save and self.step > first_step:
+            self._writer.write(self._snapshot())
+        newest = list_checkpoints(self.out_dir)
+        return how_to_go_on(str(newest[-1]) if newest else None)
 
     def _diagnose(self, diagnosis: TernaryDiagnosis) -> dict[str, dict[str, float]]:
         """How the ternary layers do on the first sequence of this step's batch."""
@@ -634,9 +800,9 @@ class Trainer:
         self.model.eval()
         self._set_quantization(1.0)
         try:
-            with self._autocast():
+            with self._autocast(), self._replicas.whole():
                 return diagnosis.observe(
-                    self.step, lambda: self.loss_fn(self.model, [part.to(self.device) for part in batch])
+                    self.step, lambda: self._replicas.loss(self.loss_fn, [part.to(self.device) for part in batch])
                 )
         finally:
             self.model.train(was_training)
@@ -646,16 +812,23 @@ class Trainer:
 
         What a killed process of the run has left is put in order before.
         """
-        if self.out_dir is not None:
-            tidy_run(self.out_dir)
-            if self.step == 0:
-                check_new_run(self.out_dir)
+
+        def check() -> None:
+            if self.out_dir is not None:
+                tidy_run(self.out_dir)
+                if self.step == 0:
+                    check_new_run(self.out_dir)
+
+        self.ranks.first_decides(check)
 
     def _save_is_due(self, saved_at: float) -> bool:
         seconds = self.config.save_every_seconds
-        return self._due(self.config.save_every_steps) or (
-            seconds is not None and time.monotonic() - saved_at >= seconds
-        )
+        in_time = seconds is not None and time.monotonic() - saved_at >= seconds
+        if self._wishes is not None:  # the clock of rank 0
+            if in_time and self.ranks.is_first:
+                self._wishes.wish("save")
+            in_time = "save" in self._wishes.agreed()
+        return self._due(self.config.save_every_steps) or in_time
 
     def _due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.step % every_steps == 0
@@ -673,20 +846,21 @@ class Trainer:
         return min(scored, default=(None, None))
 
 
-def _own_randomness(seed: int, step: int, device: torch.device) -> AbstractContextManager[None]:
-    """Make dropout a function of (seed, step): a resumed run needs no generator state, and the caller's generator is not touched."""
-    mixed = int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "little") >> 1
+def _own_randomness(seed: int, step: int, device: torch.device, rank: int = 0) -> AbstractContextManager[None]:
+    """Make dropout a function of (seed, step, rank): a resumed run needs no generator state, and the caller's is not touched."""
+    key = f"{seed}:{step}:{rank}" if rank else f"{seed}:{step}"
+    mixed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
     return own_randomness(mixed, device)
 
 
-def _rows_per_step(settings: Mapping[str, Any], seq_len: int) -> int:
+def _rows_per_step(settings: Mapping[str, Any], seq_len: int, world_size: int) -> int:
     """Sequences that a step reads, by the settings of a checkpoint.
 
     Args:
         seq_len: where they do not say it.
     """
     if settings.get("tokens_per_step") is None:
-        rows: int = settings["micro_batch_size"] * settings["grad_accum_steps"]
+        rows: int = settings["micro_batch_size"] * settings["grad_accum_steps"] * world_size
         return rows
     tokens: int = settings["tokens_per_step"]
     return tokens // (settings["seq_len"] or seq_len)
