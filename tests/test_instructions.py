@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from test_templates import bpe_with_markers, sentencepiece
 from transformers import AutoTokenizer
 
-from llmforge.data import InstructionDataset, records
+from llmforge.data import InstructionDataset
 from llmforge.data.packing import RowPlan, first_fit_decreasing
 from llmforge.errors import ConfigError, DataError
-from llmforge.tokenizers import CharTokenizer, WordPieceTokenizer, chat_ids, render_chat
+from llmforge.tokenizers import CharTokenizer, WordPieceTokenizer, chat_ids, record_files, render_chat
 from llmforge.tokenizers.templates import TEMPLATES
 
 LETTERS = "".join(map(chr, range(32, 127))) + "\n¿¡áéíóúñÑ«»—🙂"
@@ -444,14 +444,14 @@ def test_missing_files_and_folders_are_named(tmp_path):
 
 
 def test_sizes_have_limits(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 200)
+    monkeypatch.setattr(record_files, "MAX_LINE_BYTES", 200)
     path = write(tmp_path, ALPACA, {**ALPACA, "output": "a" * 3_000_000}, {**ALPACA, "output": "a" * 150}, PAIRED)
     with pytest.raises(DataError, match=r"line 2: it has 3,000,\d+ bytes; at most 200 are allowed for one record"):
         InstructionDataset.from_file(path, CHAR)
     data = InstructionDataset.from_file(path, CHAR, skip_bad=True)
     assert [data.place(n)[-6:] for n in range(len(data))] == ["line 1", "line 4"]
     assert data.bad_records.count == 2
-    monkeypatch.setattr(records, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(record_files, "MAX_JSON_BYTES", 10)
     with pytest.raises(DataError, match="bytes, and a JSON list is read as a whole, up to 10; make it JSONL"):
         InstructionDataset.from_file(write(tmp_path, json.dumps([ALPACA])), CHAR)
 

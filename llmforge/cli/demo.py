@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     config = RunConfig.resolve(
         "char-gpt-cpu", [_SETTINGS, {"text": str(text), "train": {"max_steps": args.steps, "out_dir": str(out)}}]
     )
-    tokenizer = config.tokenizer.build(text)
+    tokenizer = config.tokenizer.build(config.text)
     config = config.with_vocabulary(tokenizer)
     trainer = build_trainer(config, tokenizer)
     result = run_trainer(trainer, config)

@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from llmforge.cli.bar import Bar
 from llmforge.config import Config, did_you_mean
 from llmforge.data import TokenDataset
-from llmforge.errors import ConfigError
+from llmforge.errors import ConfigError, some
 from llmforge.models import FAMILIES, GPTConfig, LanguageModel, ModelConfig
 from llmforge.tokenizers import (
     PRE_TOKENIZERS,
@@ -19,10 +19,14 @@ from llmforge.tokenizers import (
     WordPieceTokenizer,
     load_tokenizer,
 )
+from llmforge.tokenizers.sources import Source, TextSource, text_sources
 from llmforge.training import TrainConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_OWN_FIELDS = ("text", "val_fraction", "drop_near_duplicates", "family")  # of no section
+_BAR_BYTES = 2**23  # a text of fewer bytes is done at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ class TokenizerConfig(Config):
                 f"unknown pre_tokenizer {self.pre_tokenizer!r}; {did_you_mean(self.pre_tokenizer, list(PRE_TOKENIZERS))}"
             )
 
-    def build(self, text: Path) -> Tokenizer:
+    def build(self, text: Source | Sequence[TextSource]) -> Tokenizer:
         """Train the tokenizer on the text, or read its vocabulary."""
         if self.kind == "char":
             return CharTokenizer.from_text_file(text)
@@ -65,10 +69,11 @@ class TokenizerConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
-    """One training run from a text file. As YAML:
+    """One training run from texts. As YAML:
 
-    text: quijote.txt
+    text: quijote.txt                 # or several: [a.txt, {path: b.jsonl, field: body}, books/]; with weights: {path: a.txt, weight: 2}
     val_fraction: 0.1
+    drop_near_duplicates: false
     tokenizer: {kind: bpe, vocab_size: 8000}
     family: gpt
     model: {n_layer: 6, n_head: 6, n_embd: 384, block_size: 256}
@@ -89,8 +94,9 @@ class RunConfig(Config):
         "bit-gpt": {"kind": "bpe", "vocab_size": 8192},
     }
 
-    text: str  # a text file, or a folder of .txt files
-    val_fraction: float = 0.1  # the last part of the text is kept for validation
+    text: str | tuple[TextSource, ...]  # what `TextSource.path` may be; or several, with their fields and weights
+    val_fraction: float = 0.1  # of the text, kept for validation: see `TokenDataset.split`
+    drop_near_duplicates: bool = False  # leave out lines that are nearly the same as an earlier one
     tokenizer: TokenizerConfig
     family: str = GPTConfig.FAMILY  # of the model: "gpt", "llama" or "bitnet"
     model: ModelConfig
@@ -103,6 +109,8 @@ class RunConfig(Config):
         family = values.get("family", GPTConfig.FAMILY)
         if family not in FAMILIES:
             raise ConfigError(f"unknown family {family!r}; {did_you_mean(family, list(FAMILIES))}")
+        if not isinstance(values.get("text", ""), str):
+            values["text"] = text_sources(values["text"])
         if isinstance(values.get("model"), Mapping):
             values["model"] = FAMILIES[family][0].from_dict(values["model"])
         return super().from_dict(values)
@@ -142,8 +150,19 @@ class RunConfig(Config):
 
     def data(self, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset | None]:
         """Training and validation tokens; no validation with val_fraction 0."""
-        dataset = TokenDataset.from_text_file(self.text, tokenizer)
+        size = sum(file.size for source in text_sources(self.text) for file in source.files())
+        dataset = TokenDataset.from_sources(
+            self.text,
+            tokenizer,
+            drop_near_duplicates=self.drop_near_duplicates,
+            progress=Bar("B") if size >= _BAR_BYTES else None,
+        )
         return dataset.split(val_fraction=self.val_fraction) if self.val_fraction else (dataset, None)
+
+    @property
+    def text_names(self) -> str:
+        """The texts, for the screen."""
+        return some([source.path for source in text_sources(self.text)])
 
     def new_model(self) -> LanguageModel:
         """A freshly initialised model, the same one for the same seed."""
@@ -183,10 +202,10 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         section, dot, name = key.partition(".")
         if not dot:
             name = key
-            if name in ("text", "val_fraction", "family"):
+            if name in _OWN_FIELDS:
                 layer[name] = value
                 continue
-            known = [field for names in fields.values() for field in names] + ["text", "val_fraction", "family"]
+            known = [field for names in fields.values() for field in names] + [*_OWN_FIELDS]
             section = next((section for section, names in fields.items() if name in names), "")
             if not section:
                 raise ConfigError(f"unknown setting {name!r}; {did_you_mean(name, known)}")

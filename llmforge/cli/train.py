@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmforge.cli.program import program
 from llmforge.errors import CheckpointError, ConfigError
@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from llmforge.training import Trainer, TrainResult
 
 HELP = "train a model on your own text"
-DESCRIPTION = "Train a small language model on a text file (UTF-8), or a folder of .txt files."
+DESCRIPTION = """Train a small language model on text: files (UTF-8), folders of .txt files, records in .jsonl, .csv, .tsv or .parquet, or a
+data set of the Hugging Face Hub (hf:owner/name). Several texts are joined, or mixed with --weights."""
 EXAMPLES = """examples:
   llmforge train quijote.txt                                   a model of characters, sized for this machine
   llmforge train quijote.txt --preset char-gpt --out runs/q    10 million weights: minutes on a GPU, hours on a CPU
   llmforge train quijote.txt --tokenizer bpe --vocab-size 8000 pieces of words instead of characters
+  llmforge train a.txt books/ table.csv --text-field body      several texts; of records, the field with the text
+  llmforge train wiki.jsonl books/ --weights 2 1               two rows of the first for each of the second
   llmforge train quijote.txt --preset llama-15m                a small Llama with a vocabulary of its own
   llmforge train quijote.txt --preset bitnet-15m --twin        a ternary model, and its float twin to compare with
   llmforge train quijote.txt --set max_steps=500 --set lr=3e-4 change single settings
@@ -30,7 +33,32 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", nargs="?", help="text file, or folder of .txt files")
+    parser.add_argument(
+        "text",
+        nargs="*",
+        help="text file, folder of .txt files, .jsonl, .csv, .tsv or .parquet, or hf:owner/name[:config[:split]]; .gz and .zst too",
+    )
+    parser.add_argument(
+        "--text-field", metavar="NAME", help="of records: the field, or column, with the text (default: text)"
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="how many rows come from each text, against the others (default: as many as its length gives)",
+    )
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="X",
+        help="part of the text that is kept for validation (default: 0.1); whole records, by a hash, and the end of long texts",
+    )
+    parser.add_argument(
+        "--drop-near-duplicates",
+        action="store_true",
+        help="leave out lines that are nearly the same as an earlier one",
+    )
     parser.add_argument(
         "--preset",
         help="char-gpt, char-gpt-cpu, modern, gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-15m, llama-42m, llama-110m, llama-350m, "
@@ -80,14 +108,14 @@ def run(args: argparse.Namespace) -> int:
     from llmforge.training.distributed import is_restart, join
 
     file_layer = read_yaml_mapping(args.config) if args.config is not None else {}
-    text = args.text or file_layer.get("text")
-    if text is None:
+    text = _texts(args) or file_layer.get("text")
+    if not text:
         raise ConfigError(
             "name a text file to train on: llmforge train mybook.txt (or llmforge demo to see it work first)"
         )
     preset = args.preset or file_layer.pop("preset", None) or default_preset()
     file_layer.pop("preset", None)
-    options: dict[str, dict[str, object]] = {"tokenizer": {}, "train": {}}
+    options: dict[str, Any] = {"tokenizer": {}, "train": {}}
     if args.tokenizer is not None:
         options["tokenizer"] = _tokenizer_option(args.tokenizer)
     if args.vocab_size is not None:
@@ -102,11 +130,15 @@ def run(args: argparse.Namespace) -> int:
         options["train"]["out_dir"] = args.out
     if args.tracker is not None:
         options["train"]["trackers"] = args.tracker
-    defaults = {"text": text, "train": {"out_dir": f"runs/{Path(text).stem}"}}
+    if args.val_fraction is not None:
+        options["val_fraction"] = args.val_fraction
+    if args.drop_near_duplicates:
+        options["drop_near_duplicates"] = True
+    defaults = {"text": text, "train": {"out_dir": f"runs/{_stem(text)}"}}
     layers = [defaults, file_layer, {"text": text}, options, parse_settings(args.set)]
     config = RunConfig.resolve(preset, layers)
     _check_twin(config, args)
-    tokenizer = join(config.train.device).first_decides(lambda: config.tokenizer.build(Path(config.text)))
+    tokenizer = join(config.train.device).first_decides(lambda: config.tokenizer.build(config.text))
     # After a process has died, torchrun starts all of them again with the command line of the beginning.
     return _train_all(config.with_vocabulary(tokenizer), tokenizer, args, resume=is_restart())
 
@@ -120,8 +152,19 @@ def _resume(args: argparse.Namespace) -> int:
 
     given = [
         name
-        for name in ("text", "preset", "config", "tokenizer", "vocab_size", "out")
-        if getattr(args, name) is not None
+        for name in (
+            "text",
+            "text_field",
+            "weights",
+            "val_fraction",
+            "drop_near_duplicates",
+            "preset",
+            "config",
+            "tokenizer",
+            "vocab_size",
+            "out",
+        )
+        if getattr(args, name) not in (None, False, [])
     ]
     if given:
         raise ConfigError(
@@ -151,11 +194,42 @@ def _resume(args: argparse.Namespace) -> int:
     def first_vocabulary() -> "Tokenizer":
         """That which the run began with, whatever became of the text since."""
         found = load_tokenizer(find_checkpoint(run_folder)) if list_checkpoints(run_folder) else None
-        return found or config.tokenizer.build(Path(config.text))
+        return found or config.tokenizer.build(config.text)
 
     tokenizer = join(config.train.device).first_decides(first_vocabulary)
     config = config.with_vocabulary(tokenizer)
     return _train_all(config, tokenizer, args, resume=True)
+
+
+def _texts(args: argparse.Namespace) -> "str | list[dict[str, object]] | None":
+    """What the command line says about the text: a path as it is, or sources."""
+    from llmforge.tokenizers.sources import TextSource
+
+    if args.weights is not None and len(args.weights) != len(args.text):
+        raise ConfigError(
+            f"--weights has {len(args.weights)} numbers for {len(args.text)} texts; give one for each text, in the same order"
+        )
+    if not args.text:
+        if args.text_field is not None:
+            raise ConfigError(
+                "--text-field is about texts of the command line; in a file it is text: [{path: ..., field: ...}]"
+            )
+        return None
+    sources: list[dict[str, object]] = [{"path": path} for path in args.text]
+    for source in sources if args.text_field is not None else []:
+        if not TextSource.from_dict(source).is_text_file:
+            source["field"] = args.text_field
+    for source, weight in zip(sources, args.weights or [], strict=False):
+        source["weight"] = weight
+    return str(args.text[0]) if sources == [{"path": args.text[0]}] else sources
+
+
+def _stem(text: object) -> str:
+    """Name of a run on these texts: that of the first one."""
+    from llmforge.tokenizers.sources import text_sources
+
+    path = Path(text_sources(text)[0].path.removeprefix("hf:").replace(":", "-"))  # type: ignore[arg-type]
+    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).stem or "text"
 
 
 def _check_twin(config: "RunConfig", args: argparse.Namespace) -> None:
@@ -212,6 +286,7 @@ def default_preset() -> str:
 
 def build_trainer(config: "RunConfig", tokenizer: "Tokenizer") -> "Trainer":
     """Data, model and trainer of a run, announced on the screen."""
+    from llmforge.data import MixedDataset
     from llmforge.training import Trainer
     from llmforge.training.distributed import join
 
@@ -222,8 +297,16 @@ def build_trainer(config: "RunConfig", tokenizer: "Tokenizer") -> "Trainer":
     kind = type(tokenizer).__name__.removesuffix("Tokenizer").lower()
     val_tokens = f" + {len(val_data):,} for validation" if val_data is not None else ""
     print(
-        f"text     {config.text}: {len(train_data):,} tokens{val_tokens} ({kind}, vocabulary of {tokenizer.vocab_size:,})"
+        f"text     {config.text_names}: {len(train_data):,} tokens{val_tokens} ({kind}, vocabulary of {tokenizer.vocab_size:,})"
     )
+    if isinstance(train_data, MixedDataset):
+        shares = zip(train_data.names, train_data.shares, train_data.parts, strict=True)
+        print(
+            "".join(
+                f"         {share:.1%} of the rows from {name}: {len(part):,} tokens\n" for name, share, part in shares
+            ),
+            end="",
+        )
     shape = f"{type(model).__name__}, {model.lm_head.in_features} wide, context {model.context_length}"
     print(
         f"model    {model.num_params() / 1e6:.2f} million weights: {shape}; {trainer.device}, {trainer.dtype}".replace(

@@ -1,19 +1,25 @@
 """Records of examples: JSONL or JSON files, in the forms that data sets for tuning have; checked value by value."""
 
-import codecs
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 from llmforge.config import did_you_mean
 from llmforge.errors import ConfigError, DataError, shown, some
-from llmforge.tokenizers.text_files import not_utf8
+from llmforge.tokenizers.record_files import TWICE, Place, read_records
 
-MAX_LINE_BYTES = 100_000_000  # of one record in JSONL; the longest in published sets have a few megabytes
-MAX_JSON_BYTES = 2**31  # of a JSON file, which is held in memory as a whole; JSONL has no limit
+__all__ = [
+    "KINDS",
+    "Continuation",
+    "Conversation",
+    "Example",
+    "Place",
+    "check_kind",
+    "example_of",
+    "kind_of",
+    "read_records",
+]
+
 MAX_MESSAGES = 1_000  # of a conversation: each answer is rendered with all that was before it
 
 # The kinds of records, and what they are like. The first one of these that has all its keys in a record is the record's.
@@ -69,157 +75,6 @@ class Continuation:
 
 
 Example = Conversation | Continuation
-
-
-class Place(NamedTuple):
-    """Where a record begins."""
-
-    line: int  # 0: in no file
-    record: int = 0  # of a list; 0: in no list
-
-    def __str__(self) -> str:
-        if not self.line:
-            return f"record {self.record:,}"
-        return f"line {self.line:,}" + (f" (record {self.record:,})" if self.record else "")
-
-
-def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[Place, Any]]:
-    """The records of a file one after the other: one JSON value per line, or the elements of one JSON list.
-
-    Yields:
-        where the record is, and its value; or the DataError that says what is wrong with it, and reading goes on.
-    Raises:
-        DataError: the file cannot be read, or not any further.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; name its .jsonl or .json files")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-            file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
-            start = file.tell()
-            if _first_byte(file) == b"[":
-                yield from _elements(path, head)
-            else:
-                file.seek(start)
-                yield from _lines(path, file, head)
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror or error}; check the spelling, seen from {Path.cwd()}"
-        ) from error
-
-
-def _first_byte(file: BinaryIO) -> bytes:
-    """The first byte that is not white space; empty where there is none."""
-    while chunk := file.read(2**16):
-        if rest := chunk.lstrip():
-            return rest[:1]
-    return b""
-
-
-def _lines(path: Path, file: BinaryIO, head: bytes) -> Iterator[tuple[Place, Any]]:
-    number, position = 0, file.tell()
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        where, length = Place(number), len(line)
-        if length > MAX_LINE_BYTES:
-            while not line.endswith(b"\n") and (line := file.readline(2**20)):
-                length += len(line)
-            yield where, DataError(f"it has {length:,} bytes; at most {MAX_LINE_BYTES:,} are allowed for one record")
-        elif line.strip():
-            try:
-                text = line.decode("utf-8")
-                if (zero := line.find(0)) >= 0:
-                    raise DataError(not_utf8(path.name, 0, position + zero, head))
-                yield where, _parse(text)
-            except UnicodeDecodeError as error:
-                yield where, DataError(not_utf8(path.name, line[error.start], position + error.start, head))
-            except DataError as error:
-                yield where, error
-        position += length
-
-
-def _parse(line: str) -> Any:
-    try:
-        return _DECODER.decode(line.strip())
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"not valid JSON from column {error.pos + 1:,} on, {shown(error.doc[error.pos : error.pos + 40])}: {error.msg}; "
-            "a file has one record per line, or is one list of them"
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits; brackets in brackets in brackets
-        raise DataError(f"not valid JSON: {error}") from error
-
-
-def _elements(path: Path, head: bytes) -> Iterator[tuple[Place, Any]]:
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise DataError(
-            f"{path} has {size:,} bytes, and a JSON list is read as a whole, up to {MAX_JSON_BYTES:,}; make it JSONL, one record per "
-            "line, which has no limit"
-        )
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        place = error.start + (len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
-        raise DataError(f"{path} is {not_utf8(path.name, content[place], place, head)}") from error
-    if (zero := content.find(0)) >= 0:
-        raise DataError(f"{path} is {not_utf8(path.name, 0, zero, head)}")
-    del content
-    at = _skip_space(text, text.index("[") + 1)
-    number, line, counted = 0, 1, 0
-    if text[at : at + 1] == "]":
-        at = _skip_space(text, at + 1)
-    else:
-        while True:
-            number += 1
-            line, counted = line + text.count("\n", counted, at), at
-            where = Place(line, number)
-            try:
-                value, at = _DECODER.raw_decode(text, at)
-                yield where, value
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {error.lineno:,}, column {error.colno:,} is not valid JSON (record {number:,}), "
-                    f"{shown(text[error.pos : error.pos + 40])}: {error.msg}; what follows in a list cannot be read: correct it there"
-                ) from error
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, {where} is not valid JSON: {error}") from error
-            at = _skip_space(text, at)
-            mark = text[at : at + 1]
-            if mark not in (",", "]"):
-                found = shown(text[at : at + 40]) if mark else "the end of the file: it is cut off"
-                line += text.count("\n", counted, at)
-                raise DataError(
-                    f"{path}, line {line:,}: after record {number:,} comes {found}, where ',' or ']' must be"
-                )
-            at = _skip_space(text, at + 1)
-            if mark == "]":
-                break
-    if at < len(text):
-        line += text.count("\n", counted, at)
-        raise DataError(f"{path}, line {line:,}: after the list comes {shown(text[at : at + 40])}; a file has one list")
-
-
-def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        values[_TWICE] = twice
-    return values
-
-
-_TWICE = "\0twice"  # no JSON that is read here has a NUL as it stands
-_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def kind_of(record: Any) -> str:
@@ -403,8 +258,8 @@ def _checked_text(value: Any, what: str) -> str:
 def _check_object(value: Any, what: str = "it") -> None:
     if not isinstance(value, Mapping):
         raise DataError(f"{what} is {shown(value)}; a record must be an object, like {KINDS['alpaca']}")
-    if _TWICE in value:
-        raise DataError(f"{what} has the key {shown(value[_TWICE])} twice; which one counts? Take one out")
+    if TWICE in value:
+        raise DataError(f"{what} has the key {shown(value[TWICE])} twice; which one counts? Take one out")
 
 
 def _names(record: Mapping[Any, Any]) -> str:

@@ -148,6 +148,7 @@ class AppendedFile:
     def __init__(self, file: Path, marks: Path | None, header: bytes) -> None:
         self._journal = None if marks is None else marks / file.name
         self._kept, self._sum = self._whole(file, header)
+        self.kept = self._kept  # bytes that are there already
         self.position = len(header)  # of what is written or skipped next
         self._stream: IO[bytes] = file.open("r+b" if self._kept else "wb")
         if self._kept:

@@ -71,8 +71,9 @@ class Tokenizer(Protocol):
         Raises:
             DataError: as `encode`.
         """
-        encode = self.encode_special if special else self.encode
-        return [np.array(encode(text), dtype=np.uint32) for text in texts]
+        if special:
+            return [np.array(self.encode_special(text), dtype=np.uint32) for text in texts]
+        return [self.encode_array(text) for text in texts]
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[npt.NDArray[np.uint32]]:
         """Ids of one long text that comes in pieces, part by part and in memory for some pieces at a time; all parts together are
@@ -82,12 +83,24 @@ class Tokenizer(Protocol):
             DataError: as `encode`, with the place in the whole text.
         """
         start = 0  # of the part, in characters
-        for part in cut_safely(pieces, self.safe_cut):
+        for part in self.cut_pieces(pieces):
             try:
-                yield self.encode_array(part)
+                yield self.encode_part(part, first=start == 0)
             except DataError as error:
                 raise DataError(f"from character {start:,} on: {error}") from error
             start += len(part)
+
+    def cut_pieces(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The same text in parts that `encode_part` takes one by one."""
+        return cut_safely(pieces, self.safe_cut)
+
+    def encode_part(self, part: str, *, first: bool) -> npt.NDArray[np.uint32]:
+        """Ids of one part of a long text; those of all parts together are `encode` of the whole.
+
+        Args:
+            first: the text begins with this part.
+        """
+        return self.encode_array(part)
 
     def safe_cut(self, text: str) -> int:
         """Where a longer text may be cut without a change of its ids.

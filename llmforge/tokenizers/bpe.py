@@ -5,6 +5,7 @@ import os
 import string
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from llmforge.tokenizers.base import (
     characters_to_bytes,
     tokenizer_config,
 )
-from llmforge.tokenizers.text_files import cut_safely, find_texts, read_text
+from llmforge.tokenizers.fast_bpe import MIN_CHARS, FastBPE
+from llmforge.tokenizers.sources import Source, training_pieces
+from llmforge.tokenizers.text_files import cut_safely
 
 # How a text is cut into words before merging. These four mean the same in llama.cpp under the same name, on any text; the usual
 # "(?i:'s|...)" does not, since it lets 's match the long s (U+017F) too.
@@ -69,21 +72,18 @@ class BPETokenizer(BackendTokenizer):
     @classmethod
     def from_text_file(
         cls,
-        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        sources: Source | Iterable[Source],
         *,
         vocab_size: int = 4_096,
         pre_tokenizer: str = "qwen2",
     ) -> "BPETokenizer":
-        """Learn the merges from UTF-8 text files, or from the .txt files of folders; see `from_texts`.
+        """Learn the merges from UTF-8 text files, the .txt files of folders, or other sources (see `TextSource`); see `from_texts`.
 
         Raises:
             ConfigError: see `from_texts`.
             DataError: no such file, empty, or not UTF-8.
         """
-        if isinstance(paths, (str, os.PathLike)):
-            paths = [paths]
-        files = [file for path in paths for file in find_texts(path)]
-        pieces = (piece for file in files for piece in cut_safely(read_text(file), last_cut))
+        pieces = training_pieces(sources, last_cut)
         return cls.from_texts(pieces, vocab_size=vocab_size, pre_tokenizer=pre_tokenizer)
 
     @classmethod
@@ -140,7 +140,28 @@ class BPETokenizer(BackendTokenizer):
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         slices = (text[i : i + _PART_CHARS] for i in range(0, len(text), _PART_CHARS))
-        return self._encode_all(self._backend, list(cut_safely(slices, self.safe_cut)))
+        parts = list(cut_safely(slices, self.safe_cut))
+        if len(text) < MIN_CHARS or self._fast is None:
+            return self._encode_all(self._backend, parts)
+        return np.concatenate(self._encode_fast(self._fast, parts))
+
+    def encode_batch(
+        self, texts: Sequence[str], *, special: bool = False, after: bool = False
+    ) -> list[npt.NDArray[np.uint32]]:
+        if special or sum(map(len, texts)) < MIN_CHARS or self._fast is None:
+            return super().encode_batch(texts, special=special, after=after)
+        return self._encode_fast(self._fast, texts)
+
+    def _encode_fast(self, fast: FastBPE, parts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        found = fast.encode_all(parts)
+        missing = [i for i, ids in enumerate(found) if ids is None]
+        for i, ids in zip(missing, super().encode_batch([parts[i] for i in missing]), strict=True):
+            found[i] = ids
+        return [ids for ids in found if ids is not None]
+
+    @cached_property
+    def _fast(self) -> FastBPE | None:
+        return FastBPE.of(state_of(self._backend)) if self.pre_tokenizer is not None else None
 
     def safe_cut(self, text: str) -> int:
         return last_cut(text, self._cut_before)

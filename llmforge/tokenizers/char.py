@@ -21,7 +21,7 @@ from llmforge.tokenizers.base import (
     tokenizer_config,
     write_tokenizer_files,
 )
-from llmforge.tokenizers.text_files import find_texts, read_text
+from llmforge.tokenizers.sources import Source, training_pieces
 
 _UNKNOWN = 0xFFFF_FFFF
 
@@ -62,16 +62,15 @@ class CharTokenizer(Tokenizer):
         return cls(text)
 
     @classmethod
-    def from_text_file(cls, path: str | os.PathLike[str]) -> "CharTokenizer":
-        """The characters that occur in a UTF-8 text file, or in the .txt files of a folder.
+    def from_text_file(cls, sources: Source | Iterable[Source]) -> "CharTokenizer":
+        """The characters that occur in a UTF-8 text file, in the .txt files of a folder, or in other sources; see `TextSource`.
 
         Raises:
             DataError: no such file, empty, or not UTF-8.
         """
         chars: set[str] = set()
-        for file in find_texts(path):
-            for piece in read_text(file):
-                chars.update(piece)
+        for piece in training_pieces(sources, len):
+            chars.update(piece)
         return cls(chars)
 
     @property
@@ -93,6 +92,14 @@ class CharTokenizer(Tokenizer):
                 f"{len(self.chars)} of this vocabulary; build it from a text that has it, or use BPETokenizer, which encodes any text"
             )
         return ids
+
+    def encode_batch(
+        self, texts: Sequence[str], *, special: bool = False, after: bool = False
+    ) -> list[npt.NDArray[np.uint32]]:
+        if special or not texts:
+            return super().encode_batch(texts, special=special, after=after)
+        ids = self.encode_array("".join(texts))
+        return np.split(ids, np.cumsum([len(text) for text in texts[:-1]], dtype=np.int64))
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return join_pieces(self._pieces, ids)

@@ -210,15 +210,14 @@ class SentencePieceTokenizer(BackendTokenizer):
             for first, other in zip(self._encodings(self._bare, firsts), others, strict=True)
         ]
 
-    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[npt.NDArray[np.uint32]]:
+    def cut_pieces(self, pieces: Iterable[str]) -> Iterator[str]:
+        return iter(["".join(pieces)]) if self._inner is None else cut_safely(pieces, self._last_cut)
+
+    def encode_part(self, part: str, *, first: bool) -> npt.NDArray[np.uint32]:
         if self._inner is None:
-            yield self.encode_array("".join(pieces))
-            return
-        beginning = True
-        for piece in cut_safely(pieces, self._last_cut):
-            slices = (piece[i : i + _PART_CHARS] for i in range(0, len(piece), _PART_CHARS))
-            yield self._encode_inner(list(cut_safely(slices, self._last_cut)), beginning=beginning)
-            beginning = False
+            return self.encode_array(part)
+        slices = (part[i : i + _PART_CHARS] for i in range(0, len(part), _PART_CHARS))
+        return self._encode_inner(list(cut_safely(slices, self._last_cut)), beginning=first)
 
     def decode(self, ids: Sequence[int]) -> str:
         data = self.decode_bytes(ids)

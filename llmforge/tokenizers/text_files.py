@@ -1,13 +1,21 @@
 """Text files as pieces of text: strict UTF-8, a few megabytes at a time, and errors that name the byte."""
 
 import codecs
+import gzip
+import io
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from llmforge.errors import DataError
 
 CHUNK_BYTES = 2**22
+_BUFFER_BYTES = 2**18
+
+Tick = Callable[[int], None]
 
 # First bytes of files that are not UTF-8 text -> what they are, and the name that iconv has for them if they are text.
 _SIGNATURES = {
@@ -40,23 +48,85 @@ def find_texts(path: str | os.PathLike[str], pattern: str = "**/*.txt") -> list[
     return sorted(texts, key=lambda file: file.relative_to(path).as_posix())
 
 
-def read_text(path: str | os.PathLike[str]) -> Iterator[str]:
+@contextmanager
+def open_binary(path: str | os.PathLike[str], tick: Tick | None = None) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed where its name ends in .gz or .zst.
+
+    Args:
+        tick: told how many bytes of the file, as it lies there, each reading took.
+    Raises:
+        DataError: not readable, damaged, or .zst without a library for it.
+    """
+    suffix = Path(path).suffix.lower()
+    damages: tuple[type[Exception], ...] = (EOFError, zlib.error)
+    try:
+        with open(path, "rb") as raw:
+            file: Any = raw if tick is None else io.BufferedReader(_Ticking(raw, tick), _BUFFER_BYTES)
+            if suffix == ".gz":
+                file = gzip.GzipFile(fileobj=file, mode="rb")
+            elif suffix == ".zst":
+                file, error_of_zstd = _zstd(path, file)
+                damages = (*damages, error_of_zstd)
+            yield file if file is raw else io.BufferedReader(file, _BUFFER_BYTES)
+    except damages as error:
+        raise DataError(f"{path} is damaged: {error}; copy or download it again") from error
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}; check the spelling, seen from {Path.cwd()}"
+        ) from error
+
+
+class _Ticking(io.RawIOBase):
+    def __init__(self, raw: BinaryIO, tick: Tick) -> None:
+        self._raw, self._tick = raw, tick
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._raw.read(len(buffer))
+        buffer[: len(data)] = data
+        self._tick(len(data))
+        return len(data)
+
+
+def _zstd(path: str | os.PathLike[str], file: BinaryIO) -> tuple[Any, type[Exception]]:
+    try:
+        from compression import zstd  # type: ignore[import-not-found,unused-ignore]  # Python 3.14
+
+        return zstd.ZstdFile(file, "rb"), zstd.ZstdError
+    except ImportError:
+        pass
+    try:
+        import zstandard
+
+        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True), zstandard.ZstdError
+    except ImportError as error:
+        raise DataError(
+            f"{path} is compressed with Zstandard, which needs a package that is not installed: pip install zstandard; or decompress "
+            "it with zstd -d"
+        ) from error
+
+
+def read_text(path: str | os.PathLike[str], tick: Tick | None = None) -> Iterator[str]:
     """The text of a UTF-8 file, piece by piece and as it stands: CRLF stays CRLF; only a byte order mark at the start is dropped.
 
+    Args:
+        tick: see `open_binary`, which decompresses .gz and .zst.
     Raises:
         DataError: not readable, empty, not UTF-8, or binary (a NUL byte); with the position in bytes.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-            start = position = file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
-            while chunk := file.read(CHUNK_BYTES):
-                yield _decoded(decoder, chunk, position, head, path)
-                position += len(chunk)
-            _decoded(decoder, b"", position, head, path)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    with open_binary(path, tick) as file:
+        head = file.read(64)
+        start = position = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+        chunk = head[start:] + file.read(max(0, CHUNK_BYTES - len(head)))
+        while chunk:
+            for i in range(0, len(chunk), CHUNK_BYTES):
+                yield _decoded(decoder, chunk[i : i + CHUNK_BYTES], position, head, path)
+                position += len(chunk[i : i + CHUNK_BYTES])
+            chunk = file.read(CHUNK_BYTES)
+        _decoded(decoder, b"", position, head, path)
     if position == start:
         raise DataError(f"{path} is empty; name a file with text")
 

@@ -14,10 +14,14 @@ import tiktoken
 from llmforge.errors import ConfigError, DataError
 from llmforge.tokenizers.base import END_OF_TEXT, GGUFVocabulary, Tokenizer, bytes_to_characters, join_pieces
 from llmforge.tokenizers.bpe import BPETokenizer, last_cut
+from llmforge.tokenizers.fast_bpe import encode_ordinary, in_threads
+from llmforge.tokenizers.text_files import cut_safely
 
 _URLS = tuple(
     f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}" for name in ("vocab.bpe", "encoder.json")
 )
+
+_PART_CHARS = 2**16  # long texts are encoded in parts of about this length, on all cores
 
 # GPT-2's pattern as published, and as tiktoken has sped it up over the years.
 _GPT2_PATTERNS = (
@@ -62,7 +66,21 @@ class TiktokenTokenizer(Tokenizer):
         return self._encoding.eot_token
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
+        slices = (text[i : i + _PART_CHARS] for i in range(0, len(text), _PART_CHARS))
+        parts = list(cut_safely(slices, last_cut)) or [text]
+        return np.concatenate(self._encode_all(parts))
+
+    def encode_batch(
+        self, texts: Sequence[str], *, special: bool = False, after: bool = False
+    ) -> list[npt.NDArray[np.uint32]]:
+        return super().encode_batch(texts, special=True) if special else self._encode_all(texts)
+
+    def _encode_all(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        found = in_threads(lambda text: encode_ordinary(self._encoding, text), texts)
+        return [
+            np.array(self._encoding.encode_ordinary(text), dtype=np.uint32) if ids is None else ids
+            for text, ids in zip(texts, found, strict=True)
+        ]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return join_pieces(self._pieces, ids)

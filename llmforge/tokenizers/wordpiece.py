@@ -12,7 +12,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from llmforge.errors import ConvertError, DataError
 from llmforge.tokenizers.backend import BackendTokenizer, check_vocab_size, load_backend, state_of
 from llmforge.tokenizers.base import END_OF_TEXT, GGUFVocabulary, tokenizer_config
-from llmforge.tokenizers.text_files import cut_safely, find_texts, read_text
+from llmforge.tokenizers.sources import Source, text_sources, training_pieces
+from llmforge.tokenizers.text_files import cut_safely
 
 UNKNOWN_TOKEN = "[UNK]"
 
@@ -58,21 +59,16 @@ class WordPieceTokenizer(BackendTokenizer):
         self._pieces = [b"" if token is None else self._bytes_of(i, token) for i, token in enumerate(self._tokens)]
 
     @classmethod
-    def from_text_file(
-        cls, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, vocab_size: int = 4_096
-    ) -> "WordPieceTokenizer":
-        """Learn the pieces from UTF-8 text files, or from the .txt files of folders, which are read twice; see `from_texts`.
+    def from_text_file(cls, sources: Source | Iterable[Source], *, vocab_size: int = 4_096) -> "WordPieceTokenizer":
+        """Learn the pieces from UTF-8 text files, the .txt files of folders, or other sources (see `TextSource`), which are read twice;
+        see `from_texts`.
 
         Raises:
             ConfigError: see `from_texts`.
             DataError: no such file, empty, or not UTF-8.
         """
-        if isinstance(paths, (str, os.PathLike)):
-            paths = [paths]
-        files = [file for path in paths for file in find_texts(path)]
-        return cls._train(
-            lambda: (piece for file in files for piece in cut_safely(read_text(file), _last_cut)), vocab_size
-        )
+        named = text_sources(sources)
+        return cls._train(lambda: training_pieces(named, _last_cut), vocab_size)
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], *, vocab_size: int = 4_096) -> "WordPieceTokenizer":
