@@ -333,6 +333,9 @@ class Trainer:
         Raises:
             DivergedError: with the name of one.
         """
+        # A tenth of the time of looking at each value, and one look at the device; a sum of 1e38s, which overflows, is looked into.
+        if torch.stack([p.detach().sum(dtype=torch.float32) for p in self._params]).isfinite().all():
+            return
         broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not p.isfinite().all()]
         if broken:
             raise DivergedError(
@@ -608,10 +611,12 @@ class Trainer:
                 torch.cuda.empty_cache()
             raise OutOfMemoryError(f"{error}; {self.save()} holds the steps before it, to go on from") from error
         finally:
-            unfinished = self.step < self.config.max_steps
-            recorder.close(self.step, stopped_by=(stop.requested or "error") if unfinished else None)
-            if self._writer is not None:
-                self._writer.finish()
+            try:
+                if self._writer is not None:
+                    self._writer.close()
+            finally:
+                unfinished = self.step < self.config.max_steps
+                recorder.close(self.step, stopped_by=(stop.requested or "error") if unfinished else None)
         seconds = time.perf_counter() - start
         return TrainResult(
             step=self.step,
