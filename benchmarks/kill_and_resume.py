@@ -80,12 +80,16 @@ def main() -> None:
             moment = MOMENTS[len(steps) % len(MOMENTS)]
             # A write of this run has about 45 operations, and the deletion of an old checkpoint 20.
             operation = chance.randrange(200) if moment == MOMENTS[2] else None
+            steps_done[:8] = struct.pack("q", -1)
             pid = fork(
                 lambda number=operation: train(
                     killed, args, steps_done, save_every_steps=args.save_every_steps, die_at=number
                 )
             )
             if moment == MOMENTS[0]:
+                wait_for(
+                    lambda: struct.unpack("q", steps_done[:8])[0] >= 0
+                )  # what precedes the first step writes nothing
                 time.sleep(chance.uniform(0.0, 0.6))
             elif moment == MOMENTS[1]:
                 wait_for_a_write(killed, pid, number=chance.randint(1, 4))
@@ -195,14 +199,22 @@ def train(
     trainer.train(progress=False)
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "the run does not get on"
+
+
 def wait_for_a_write(out: Path, pid: int, *, number: int) -> None:
     """Until a process has begun to write its checkpoint of this number."""
     seen: set[str] = set()
-    deadline = time.monotonic() + 60
-    while len(seen) < number:
-        assert time.monotonic() < deadline, "no checkpoint is being written"
+
+    def has_begun() -> bool:
         if out.is_dir():
-            seen |= {name for name in os.listdir(out) if name.startswith(f".tmp-{pid}-") and "-step-" not in name}
+            seen.update(name for name in os.listdir(out) if name.startswith(f".tmp-{pid}-") and "-step-" not in name)
+        return len(seen) >= number
+
+    wait_for(has_begun)
 
 
 def what_was_left(out: Path, pid: int) -> str:

@@ -199,12 +199,14 @@ def test_copies_from_a_gpu_are_read_after_they_have_arrived(monkeypatch):
             calls.append("synchronize")
 
     class OnGPU:
-        device = torch.device("cuda", 1)
+        device, shape, dtype = torch.device("cuda", 1), (2, 3), torch.float32
 
         def detach(self):
             return self
 
     class Pinned:
+        shape, dtype = (2, 3), torch.float32
+
         def copy_(self, source, *, non_blocking):
             calls.append(f"copy, non_blocking={non_blocking}")
             return self
@@ -222,6 +224,7 @@ def test_copies_from_a_gpu_are_read_after_they_have_arrived(monkeypatch):
     def empty_like(tensor, *, device, pin_memory):
         assert device == "cpu"
         assert pin_memory
+        calls.append("memory")
         return Pinned()
 
     monkeypatch.setattr(saving.torch, "empty_like", empty_like)
@@ -229,15 +232,34 @@ def test_copies_from_a_gpu_are_read_after_they_have_arrived(monkeypatch):
     monkeypatch.setattr(saving.torch.cuda, "current_stream", lambda device: f"the stream of {device}")
     monkeypatch.setattr(saving.torch.cuda, "device", Device)
     copies = HostCopies()
-    assert isinstance(copies(OnGPU()), Pinned)
-    copies(OnGPU())
-    copies.sent()
-    copies.wait()
+    for _ in range(2):
+        copies.start()
+        assert isinstance(copies(OnGPU()), Pinned)
+        copies(OnGPU())
+        copies.sent()
+        copies.wait()
+    copied, waited = "copy, non_blocking=True", ["enter cuda:1", "synchronize", "leave"]
     assert calls == [
-        *2 * ["copy, non_blocking=True"],
-        "record on the stream of cuda:1",
-        *("enter cuda:1", "synchronize", "leave"),
+        *["memory", copied, "memory", copied, "record on the stream of cuda:1", *waited],
+        *[copied, copied, "record on the stream of cuda:1", *waited],  # into the same memory
     ]
+
+
+def test_copies_take_the_memory_of_the_last_ones_where_it_fits():
+    copies = HostCopies()
+    first = [copies(torch.full(shape, 1.0)) for shape in ((2, 3), (4,), (5, 1))]
+    places = [copy.data_ptr() for copy in first]
+    copies.start()
+    source = torch.full((2, 3), 2.0)
+    again = copies(source)
+    assert again.data_ptr() == places[0]
+    source.fill_(3.0)
+    assert again.eq(2.0).all()
+    other = [copies(torch.full((4, 2), 4.0)), copies(torch.full((4,), 5, dtype=torch.int64))]
+    assert [copy.shape for copy in other] == [(4, 2), (4,)]
+    assert other[1].dtype == torch.int64
+    copies.start()
+    assert copies(torch.zeros(2, 3).T).shape == (3, 2)
 
 
 # Disks that fail
