@@ -18,6 +18,7 @@ from llmforge.cli import (
     info,
     merge,
     quantize,
+    sweep,
     train,
     verify,
 )
@@ -27,6 +28,7 @@ from llmforge.errors import LLMForgeError
 _COMMANDS = {
     "demo": demo,
     "train": train,
+    "sweep": sweep,
     "generate": generate,
     "chat": chat,
     "finetune": finetune,

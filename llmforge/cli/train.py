@@ -69,6 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.resume is not None:
         return _resume(args)
+    config = resolve_config(args, {"out_dir": args.out} if args.out is not None else {})
+    _check_twin(config, args)
+    tokenizer = config.tokenizer.build(Path(config.text))
+    return _train_all(config.with_vocabulary(tokenizer), tokenizer, args)
+
+
+def resolve_config(args: argparse.Namespace, train: Mapping[str, object]) -> "RunConfig":
+    """The run that the arguments ask for.
+
+    Args:
+        train: more settings of training, before those of --set.
+    """
     from llmforge.cli.run_config import RunConfig, parse_settings
     from llmforge.config import read_yaml_mapping
 
@@ -80,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         )
     preset = args.preset or file_layer.pop("preset", None) or default_preset()
     file_layer.pop("preset", None)
-    options: dict[str, dict[str, object]] = {"tokenizer": {}, "train": {}}
+    options: dict[str, dict[str, object]] = {"tokenizer": {}, "train": dict(train)}
     if args.tokenizer is not None:
         options["tokenizer"] = _tokenizer_option(args.tokenizer)
     if args.vocab_size is not None:
@@ -91,14 +103,9 @@ def run(args: argparse.Namespace) -> int:
         options["tokenizer"] = {"kind": args.tokenizer or _trained_kind(file_layer), "vocab_size": args.vocab_size}
     if args.steps is not None:
         options["train"]["max_steps"] = args.steps
-    if args.out is not None:
-        options["train"]["out_dir"] = args.out
     defaults = {"text": text, "train": {"out_dir": f"runs/{Path(text).stem}"}}
     layers = [defaults, file_layer, {"text": text}, options, parse_settings(args.set)]
-    config = RunConfig.resolve(preset, layers)
-    _check_twin(config, args)
-    tokenizer = config.tokenizer.build(Path(config.text))
-    return _train_all(config.with_vocabulary(tokenizer), tokenizer, args)
+    return RunConfig.resolve(preset, layers)
 
 
 def _resume(args: argparse.Namespace) -> int:

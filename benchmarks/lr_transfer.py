@@ -1,0 +1,189 @@
+"""Whether the best learning rate of a narrow model is the best of a wide one: loss against learning rate, width by width.
+
+    python benchmarks/lr_transfer.py tinyshakespeare.txt
+
+    standard    AdamW, the same rate for all weights
+    mup         AdamW with TrainConfig.mup_base_width: the rate of the narrowest model, carried over by muP's rules
+    muon        Muon for the matrices; its rate is what is varied
+
+Rates are tried by factors of 2 until the best lies between two that are worse; the other seeds take the best and its neighbours. The
+valley of a width is at the lowest point of the parabola through log2(lr) and loss at the best rate and its neighbours, so that a shift of
+less than a factor of 2 shows. `price` is what taking over the narrowest model's best rate costs the widest, in nats. What the result
+holds already is not trained again.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+
+import llmforge as lf
+from llmforge.training.mup import mup_init_
+
+START = {"standard": 2.0**-7, "mup": 2.0**-7, "muon": 2.0**-5}
+HEAD_DIM = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text")
+    parser.add_argument("--rules", nargs="+", default=list(START), choices=list(START))
+    parser.add_argument("--widths", nargs="+", type=int, default=[32, 64, 128, 256])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--max-seconds", type=float, default=math.inf, help="begin no run after so long; call again to go on")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    tokenizer = lf.CharTokenizer.from_text_file(args.text)
+    train_data, val_data = lf.TokenDataset.from_text_file(args.text, tokenizer).split(val_fraction=0.1)
+    path = machine.RESULTS / "lr-transfer.json"
+    runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    deadline = time.perf_counter() + args.max_seconds
+    base = args.widths[0]
+    result = {
+        **machine.describe(torch.device("cpu")),
+        "text": Path(args.text).name,
+        "layers": args.layers,
+        "steps": args.steps,
+        "tokens_per_step": args.micro_batch_size * args.seq_len,
+        "base_width": base,
+        "rules": {},
+        "runs": runs,
+    }
+
+    def loss_of(rule: str, width: int, lr: float, seed: int) -> float:
+        for done in runs:
+            same = rule == done["rule"] or (width == base and {rule, done["rule"]} == {"standard", "mup"})
+            if same and (done["width"], done["lr"], done["seed"]) == (width, lr, seed):
+                return float("inf") if done["val_loss"] is None else float(done["val_loss"])
+        if time.perf_counter() > deadline:
+            raise SystemExit(f"{len(runs)} runs done; the same command goes on")
+        torch.manual_seed(seed)
+        model = lf.Llama(
+            lf.LlamaConfig(
+                vocab_size=tokenizer.vocab_size,
+                hidden_size=width,
+                intermediate_size=5 * width // 2,
+                num_hidden_layers=args.layers,
+                num_attention_heads=width // HEAD_DIM,
+                max_position_embeddings=args.seq_len,
+                tie_word_embeddings=True,
+                qk_norm=True,
+            )
+        )
+        settings: dict[str, Any] = {"lr": lr}
+        if rule == "mup":
+            mup_init_(model, base)
+            settings["mup_base_width"] = base
+        elif rule == "muon":
+            settings = {"lr": START["standard"] / 2, "optimizer": "muon", "muon_lr": lr}
+        config = lf.TrainConfig(
+            max_steps=args.steps,
+            micro_batch_size=args.micro_batch_size,
+            warmup_steps=args.steps // 10,
+            schedule="linear",
+            min_lr=0.0,
+            eval_batches=40,
+            eval_every_steps=None,
+            device="cpu",
+            seed=seed,
+            **settings,
+        )
+        start = time.process_time()
+        loss = lf.Trainer(model, train_data, val_data=val_data, config=config).train(progress=False).val_loss
+        assert loss is not None
+        runs.append(
+            {
+                "rule": rule,
+                "width": width,
+                "lr": lr,
+                "seed": seed,
+                "val_loss": round(loss, 4) if math.isfinite(loss) else None,
+                "cpu_seconds": round(time.process_time() - start, 1),
+            }
+        )
+        result["rules"] = summary(runs, args.rules, args.widths)
+        machine.RESULTS.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(runs[-1]), flush=True)
+        return loss
+
+    for rule in args.rules:
+        for width in args.widths:
+            first = args.seeds[0]
+            losses = {START[rule] * 2.0**k: 0.0 for k in (-1, 0, 1)}
+            losses = {lr: loss_of(rule, width, lr, first) for lr in losses}
+            while (best := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)):
+                lr = best / 2 if best == min(losses) else best * 2
+                losses[lr] = loss_of(rule, width, lr, first)
+            for seed in args.seeds[1:]:
+                for lr in (best / 2, best, best * 2):
+                    loss_of(rule, width, lr, seed)
+        # The rate that the narrowest model would hand on must have been tried by the widest.
+        for seed in args.seeds:
+            loss_of(rule, args.widths[-1], best_rate(runs, rule, base), seed)
+    result["rules"] = summary(runs, args.rules, args.widths)
+    machine.write("lr-transfer", result)
+
+
+def mean_losses(runs: list[dict[str, Any]], rule: str, width: int) -> dict[float, float]:
+    """Loss by learning rate, over the seeds."""
+    narrowest = min(run["width"] for run in runs)
+    rules = {"standard", "mup"} if width == narrowest and rule in ("standard", "mup") else {rule}
+    found: dict[float, list[float]] = {}
+    for run in runs:
+        if run["rule"] in rules and run["width"] == width:
+            found.setdefault(run["lr"], []).append(math.inf if run["val_loss"] is None else run["val_loss"])
+    return {lr: sum(losses) / len(losses) for lr, losses in sorted(found.items())}
+
+
+def best_rate(runs: list[dict[str, Any]], rule: str, width: int) -> float:
+    losses = mean_losses(runs, rule, width)
+    return min(losses, key=losses.__getitem__)
+
+
+def valley(losses: dict[float, float]) -> float | None:
+    """The learning rate at the lowest point of the parabola through the best rate and its neighbours."""
+    rates = sorted(losses)
+    best = rates.index(min(losses, key=losses.__getitem__))
+    if best in (0, len(rates) - 1):
+        return None
+    left, middle, right = (losses[rates[best + k]] for k in (-1, 0, 1))
+    return rates[best] * 2.0 ** ((left - right) / (2 * (left - 2 * middle + right)))
+
+
+def summary(runs: list[dict[str, Any]], rules: list[str], widths: list[int]) -> dict[str, Any]:
+    """For each rule and width the losses and the valley; how far it moves from the narrowest to the widest model, and what that costs."""
+    found: dict[str, Any] = {}
+    for rule in rules:
+        curves = {width: mean_losses(runs, rule, width) for width in widths}
+        curves = {width: losses for width, losses in curves.items() if losses}
+        found[rule] = {
+            "widths": {
+                str(width): {"losses": {f"{lr:g}": round(loss, 4) for lr, loss in losses.items()}, "valley": valley(losses)}
+                for width, losses in curves.items()
+            }
+        }
+        if len(curves) == len(widths):
+            narrow, wide = curves[widths[0]], curves[widths[-1]]
+            ends = [valley(narrow), valley(wide)]
+            taken_over = wide.get(min(narrow, key=narrow.__getitem__))
+            if all(ends):
+                found[rule]["octaves"] = round(math.log2(ends[1] / ends[0]), 2)
+            if taken_over is not None:
+                found[rule]["price"] = round(taken_over - min(wide.values()), 4)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""A learning rate that stays where it is while the model gets wider: the maximal update parametrisation (muP), for AdamW.
+
+AdamW moves each weight by about the learning rate, whatever its gradient. A layer adds up C such moves, so in a model of twice the width a
+step changes the output of a layer twice as much, and the best learning rate falls. With muP it stays: what a small model is best trained
+with, the wide one is too. With r = base_width / width:
+
+    matrices in the blocks      learning rate * r, initial weights * sqrt(r)
+    output projection           learning rate * r, initial weights * r
+      tied to the embedding     the final norm in its place: logits come out r times as large, and the embedding learns as fast as ever
+    embeddings, gains, biases   as they are
+
+The model runs as before, so it exports like any other. A wider model has more heads of the same width D, and a feed-forward layer of the
+same ratio to C.
+
+Source: Yang et al. 2022, arXiv:2203.03466, table 3. What of it holds here: benchmarks/lr_transfer.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmforge.errors import ConfigError
+from llmforge.nn import bit_linears
+
+
+def mup_init_(model: nn.Module, base_width: int) -> nn.Module:
+    """Scale the initial weights of a new model as muP asks, once, before it trains with `TrainConfig.mup_base_width`.
+
+    A model of the width `base_width` stays as it is.
+
+    Raises:
+        ConfigError: as `mup_lr_factors`.
+    """
+    factors = mup_lr_factors(model, base_width)
+    output = set(_output_parameters(model))
+    with torch.no_grad():
+        for parameter, r in factors.items():
+            parameter.mul_(r if parameter in output else math.sqrt(r))
+    return model
+
+
+def mup_lr_factors(model: nn.Module, base_width: int) -> dict[nn.Parameter, float]:
+    """What the learning rate of a parameter is to be multiplied by; those that are not listed, by 1.
+
+    Args:
+        model: one with `lm_head`, and with `embedding_name` and `final_norm_name` where that is tied, as llmforge's families have them.
+        base_width: the width C for which the learning rate was found.
+    Raises:
+        ConfigError: a base width below 1, ternary layers, or a model that does not say where its output is.
+    """
+    if base_width < 1:
+        raise ConfigError(f"mup_base_width ({base_width}) must be at least 1; null is the same rate for all weights")
+    if bit_linears(model):
+        raise ConfigError(
+            "mup_base_width is for float weights: a ternary layer has a scale of its own; leave it at null"
+        )
+    output = _output_parameters(model)
+    r = base_width / model.lm_head.in_features  # type: ignore[operator, union-attr]
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head]
+    return dict.fromkeys([*(linear.weight for linear in linears), *output], r)
+
+
+def with_lr_factors(
+    groups: Sequence[Mapping[str, Any]], factors: Mapping[nn.Parameter, float]
+) -> list[dict[str, Any]]:
+    """An optimizer's groups, split where parameters have other factors; each new one has its `lr_factor`, which the trainer reads."""
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        of_group = [factors.get(p, 1.0) for p in group["params"]]
+        for factor in dict.fromkeys(of_group):
+            params = [p for p, own in zip(group["params"], of_group, strict=True) if own == factor]
+            split.append({**group, "params": params, "lr_factor": group.get("lr_factor", 1.0) * factor})
+    return split
+
+
+def _output_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What makes the logits of the final hidden states as large as they are."""
+    lm_head = getattr(model, "lm_head", None)
+    if not isinstance(lm_head, nn.Linear):
+        raise ConfigError(f"mup_base_width needs a model with an lm_head, and {type(model).__name__} has none")
+    embedding = getattr(model, "embedding_name", None)
+    if embedding is None or model.get_submodule(embedding).weight is not lm_head.weight:
+        return [lm_head.weight]
+    final_norm = getattr(model, "final_norm_name", None)
+    if final_norm is None:
+        raise ConfigError(
+            f"mup_base_width needs the name of the last norm where embedding and lm_head are tied: set {type(model).__name__}.final_norm_name"
+        )
+    return list(model.get_submodule(final_norm).parameters())
