@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int, help="default: torch's choice")
-    parser.add_argument("--max-seconds", type=float, default=math.inf, help="begin no run after so long; call again to go on")
+    parser.add_argument(
+        "--max-seconds", type=float, default=math.inf, help="begin no run after so long; call again to go on"
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -170,7 +172,10 @@ def summary(runs: list[dict[str, Any]], rules: list[str], widths: list[int]) -> 
         curves = {width: losses for width, losses in curves.items() if losses}
         found[rule] = {
             "widths": {
-                str(width): {"losses": {f"{lr:g}": round(loss, 4) for lr, loss in losses.items()}, "valley": valley(losses)}
+                str(width): {
+                    "losses": {f"{lr:g}": round(loss, 4) for lr, loss in losses.items()},
+                    "valley": valley(losses),
+                }
                 for width, losses in curves.items()
             }
         }

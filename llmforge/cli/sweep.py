@@ -148,7 +148,9 @@ def cell_config(args: argparse.Namespace, settings: Mapping[str, Any]) -> "RunCo
     changes = []
     for key, value in settings.items():
         if key == "width":
-            changes += [f"{name}={size}" for name, size in shape_of_width(resolve_config(args, _TRAIN).model, value).items()]
+            changes += [
+                f"{name}={size}" for name, size in shape_of_width(resolve_config(args, _TRAIN).model, value).items()
+            ]
         else:
             changes.append(f"{key}={value}")
     return resolve_config(argparse.Namespace(**{**vars(args), "set": [*args.set, *changes]}), _TRAIN)
@@ -164,7 +166,9 @@ def shape_of_width(model: "ModelConfig", width: int) -> dict[str, int]:
     before, num_heads = getattr(model, name), getattr(model, heads)
     head = before // num_heads
     if not isinstance(width, int) or width < 1 or width % head:
-        raise ConfigError(f"width ({width}) must be a multiple of {head}, the width of this model's heads; try {max(1, round(float(width) / head)) * head}")
+        raise ConfigError(
+            f"width ({width}) must be a multiple of {head}, the width of this model's heads; try {max(1, round(float(width) / head)) * head}"
+        )
     shape = {name: width, heads: width // head}
     for scaled in ("intermediate_size", "num_key_value_heads"):
         if getattr(model, scaled, None) is not None:
@@ -228,7 +232,11 @@ def summary(result: "SweepResult", base: "RunConfig", args: argparse.Namespace) 
             f"{point.stdev:.4f}" if len(result.seeds) > 1 else "",
         ])  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows), ""]
+    lines = [
+        "",
+        *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
+        "",
+    ]
     if best is None:
         return [*lines, "all runs diverged: try smaller learning rates"]
     for others in result.lines(key) if len(result.grid) > 1 else []:
@@ -247,7 +255,12 @@ def summary(result: "SweepResult", base: "RunConfig", args: argparse.Namespace) 
     changes = [f"{key}={value}" for key, value in best.settings.items() if key != "width"]
     if "width" in best.settings:
         changes += [f"{name}={size}" for name, size in shape_of_width(base.model, best.settings["width"]).items()]
-    again = ["train", base.text, *(["--preset", args.preset] if args.preset else []), *(f"--set {s}" for s in [*args.set, *changes])]
+    again = [
+        "train",
+        base.text,
+        *(["--preset", args.preset] if args.preset else []),
+        *(f"--set {s}" for s in [*args.set, *changes]),
+    ]
     lines.append(f"next     {program()} {' '.join(again)}")
     return lines
 
@@ -276,7 +289,9 @@ def write_picture(result: "SweepResult", png: Path) -> None:
         x = [point.settings[key] for point in points]
         y, bars = [point.loss for point in points], [point.stdev for point in points]
         if points:
-            axes.errorbar(x, y, yerr=bars if any(bars) else None, fmt="o-", markersize=4, capsize=3, label=_pairs(others))
+            axes.errorbar(
+                x, y, yerr=bars if any(bars) else None, fmt="o-", markersize=4, capsize=3, label=_pairs(others)
+            )
             lowest = min(points, key=lambda point: point.loss)
             axes.plot([lowest.settings[key]], [lowest.loss], "k*", markersize=9)
     values = [point.settings[key] for point in result.points()]

@@ -63,9 +63,7 @@ def mup_lr_factors(model: nn.Module, base_width: int) -> dict[nn.Parameter, floa
     return dict.fromkeys([*(linear.weight for linear in linears), *output], r)
 
 
-def with_lr_factors(
-    groups: Sequence[Mapping[str, Any]], factors: Mapping[nn.Parameter, float]
-) -> list[dict[str, Any]]:
+def with_lr_factors(groups: Sequence[Mapping[str, Any]], factors: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
     """An optimizer's groups, split where parameters have other factors; each new one has its `lr_factor`, which the trainer reads."""
     split: list[dict[str, Any]] = []
     for group in groups:

@@ -62,7 +62,10 @@ def fit_scaling_law(
             values that are not above 0; losses that do not fall.
     Source: Hoffmann et al. 2022, arXiv:2203.15556, D.3. The minimum is sought by Levenberg and Marquardt's method, not L-BFGS.
     """
-    N, D, L = (torch.tensor([float(value) for value in values], dtype=torch.float64) for values in (num_params, num_tokens, losses))
+    N, D, L = (
+        torch.tensor([float(value) for value in values], dtype=torch.float64)
+        for values in (num_params, num_tokens, losses)
+    )
     _check(N, D, L)
     # Centred logarithms, so that a change of an exponent leaves the middle of the runs where it is.
     n, d, log_loss = N.log() - N.log().mean(), D.log() - D.log().mean(), L.log()
@@ -89,14 +92,17 @@ def fit_scaling_law(
     if open_ones:
         found = ", ".join(f"{name} = {getattr(law, name):.3g} +- {law.errors[name]:.2g}" for name in open_ones)
         warnings.warn(
-            f"the {len(L)} runs do not determine {found}: trust no prediction far from them; add sizes and tokens further apart", stacklevel=2
+            f"the {len(L)} runs do not determine {found}: trust no prediction far from them; add sizes and tokens further apart",
+            stacklevel=2,
         )
     return law
 
 
 def _check(N: Tensor, D: Tensor, L: Tensor) -> None:
     if not len(N) == len(D) == len(L):
-        raise DataError(f"{len(N)} sizes, {len(D)} numbers of tokens and {len(L)} losses must be as many: one of each per run")
+        raise DataError(
+            f"{len(N)} sizes, {len(D)} numbers of tokens and {len(L)} losses must be as many: one of each per run"
+        )
     for name, values in (("num_params", N), ("num_tokens", D), ("losses", L)):
         if not (torch.isfinite(values) & (values > 0)).all():
             raise DataError(f"{name} must all be above 0 and finite; leave out runs that diverged")
@@ -147,7 +153,9 @@ def _minimize(p: Tensor, n: Tensor, d: Tensor, log_loss: Tensor, delta: float, *
     cost = cost_of(predicted - log_loss)
     for _ in range(steps):
         deviation = predicted - log_loss
-        weight = (delta / deviation.abs().clamp(min=1e-300)).clamp(max=1.0)[..., None]  # Huber: less for what lies far off
+        weight = (delta / deviation.abs().clamp(min=1e-300)).clamp(max=1.0)[
+            ..., None
+        ]  # Huber: less for what lies far off
         normal = jacobian.mT @ (weight * jacobian)
         scale = torch.diag_embed(normal.diagonal(dim1=-2, dim2=-1) * damping[:, None] + 1e-12)
         move = torch.linalg.solve(normal + scale, jacobian.mT @ (weight * deviation[..., None]))[..., 0]

@@ -193,7 +193,9 @@ def _check_grid(grid: Mapping[str, Sequence[Any]], seeds: Sequence[int], jobs: i
     if extend is not None and extend not in grid:
         raise ConfigError(f"{extend} cannot be extended: it is not in the grid, which has {some(list(grid))}")
     if extend is not None and not all(_is_number(value) and value > 0 for value in grid[extend]):
-        raise ConfigError(f"{extend} cannot go on by factors of 2 from {shown(list(grid[extend]))}: it needs numbers above 0")
+        raise ConfigError(
+            f"{extend} cannot go on by factors of 2 from {shown(list(grid[extend]))}: it needs numbers above 0"
+        )
 
 
 def _beyond(result: SweepResult, key: str, check: Callable[[Settings], object] | None) -> list[dict[str, Any]]:
@@ -283,7 +285,9 @@ def _open(out_dir: Path, inputs: Mapping[str, Any]) -> None:
         before = read_json_object(path)
         changed = _differences(before, inputs)
         if changed:
-            raise ConfigError(f"{out_dir} holds a sweep with other settings ({some(changed)}); choose another folder, or delete it")
+            raise ConfigError(
+                f"{out_dir} holds a sweep with other settings ({some(changed)}); choose another folder, or delete it"
+            )
     elif out_dir.exists() and any(out_dir.iterdir()):
         raise ConfigError(f"{out_dir} is not empty, and holds no sweep; choose another folder")
     else:
