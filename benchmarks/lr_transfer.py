@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text")
     parser.add_argument("--rules", nargs="+", default=list(START), choices=list(START))
-    parser.add_argument("--widths", nargs="+", type=int, default=[32, 64, 128, 256])
+    parser.add_argument("--widths", nargs="+", type=int, default=[32, 64, 128])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--micro-batch-size", type=int, default=8)
@@ -65,8 +65,7 @@ def main() -> None:
 
     def loss_of(rule: str, width: int, lr: float, seed: int) -> float:
         for done in runs:
-            same = rule == done["rule"] or (width == base and {rule, done["rule"]} == {"standard", "mup"})
-            if same and (done["width"], done["lr"], done["seed"]) == (width, lr, seed):
+            if (done["rule"], done["width"], done["lr"], done["seed"]) == (rule, width, lr, seed):
                 return float("inf") if done["val_loss"] is None else float(done["val_loss"])
         if time.perf_counter() > deadline:
             raise SystemExit(f"{len(runs)} runs done; the same command goes on")
@@ -140,11 +139,9 @@ def main() -> None:
 
 def mean_losses(runs: list[dict[str, Any]], rule: str, width: int) -> dict[float, float]:
     """Loss by learning rate, over the seeds."""
-    narrowest = min(run["width"] for run in runs)
-    rules = {"standard", "mup"} if width == narrowest and rule in ("standard", "mup") else {rule}
     found: dict[float, list[float]] = {}
     for run in runs:
-        if run["rule"] in rules and run["width"] == width:
+        if run["rule"] == rule and run["width"] == width:
             found.setdefault(run["lr"], []).append(math.inf if run["val_loss"] is None else run["val_loss"])
     return {lr: sum(losses) / len(losses) for lr, losses in sorted(found.items())}
 

@@ -2,15 +2,15 @@
 
 AdamW moves each weight by about the learning rate, whatever its gradient. A layer adds up C such moves, so in a model of twice the width a
 step changes the output of a layer twice as much, and the best learning rate falls. With muP it stays: what a small model is best trained
-with, the wide one is too. With r = base_width / width:
+with, the wide one is too. With r = base_width / C, the width for which the rate was found over that of the model:
 
-    matrices in the blocks      learning rate * r, initial weights * sqrt(r)
+    matrices in the blocks      learning rate * r, initial weights of a standard deviation that falls with sqrt(C)
     output projection           learning rate * r, initial weights * r
       tied to the embedding     the final norm in its place: logits come out r times as large, and the embedding learns as fast as ever
     embeddings, gains, biases   as they are
 
 The model runs as before, so it exports like any other. A wider model has more heads of the same width D, and a feed-forward layer of the
-same ratio to C.
+same ratio to C. Weight decay falls with a matrix's learning rate, as AdamW multiplies them.
 
 Source: Yang et al. 2022, arXiv:2203.03466, table 3. What of it holds here: benchmarks/lr_transfer.py.
 """
@@ -25,20 +25,23 @@ from torch import nn
 from llmforge.errors import ConfigError
 from llmforge.nn import bit_linears
 
+_GPT2_WIDTH = 768  # for which 0.02, with which our families begin, is the standard deviation
+
 
 def mup_init_(model: nn.Module, base_width: int) -> nn.Module:
     """Scale the initial weights of a new model as muP asks, once, before it trains with `TrainConfig.mup_base_width`.
 
-    A model of the width `base_width` stays as it is.
+    Matrices that begin with GPT-2's standard deviation of 0.02 get 0.02 * sqrt(768 / C), so that their outputs are as large at any width.
 
     Raises:
         ConfigError: as `mup_lr_factors`.
     """
     factors = mup_lr_factors(model, base_width)
     output = set(_output_parameters(model))
+    width = _lm_head(model).in_features
     with torch.no_grad():
         for parameter, r in factors.items():
-            parameter.mul_(r if parameter in output else math.sqrt(r))
+            parameter.mul_(r if parameter in output else math.sqrt(_GPT2_WIDTH / width))
     return model
 
 
@@ -57,10 +60,10 @@ def mup_lr_factors(model: nn.Module, base_width: int) -> dict[nn.Parameter, floa
         raise ConfigError(
             "mup_base_width is for float weights: a ternary layer has a scale of its own; leave it at null"
         )
-    output = _output_parameters(model)
-    r = base_width / model.lm_head.in_features  # type: ignore[operator, union-attr]
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head]
-    return dict.fromkeys([*(linear.weight for linear in linears), *output], r)
+    lm_head = _lm_head(model)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not lm_head]
+    r = base_width / lm_head.in_features
+    return dict.fromkeys([*(linear.weight for linear in linears), *_output_parameters(model)], r)
 
 
 def with_lr_factors(groups: Sequence[Mapping[str, Any]], factors: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
@@ -74,17 +77,24 @@ def with_lr_factors(groups: Sequence[Mapping[str, Any]], factors: Mapping[nn.Par
     return split
 
 
-def _output_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What makes the logits of the final hidden states as large as they are."""
+def _lm_head(model: nn.Module) -> nn.Linear:
     lm_head = getattr(model, "lm_head", None)
     if not isinstance(lm_head, nn.Linear):
-        raise ConfigError(f"mup_base_width needs a model with an lm_head, and {type(model).__name__} has none")
-    embedding = getattr(model, "embedding_name", None)
-    if embedding is None or model.get_submodule(embedding).weight is not lm_head.weight:
+        raise ConfigError(
+            f"mup_base_width needs a model with an lm_head, and {type(model).__name__} has none; leave it at null"
+        )
+    return lm_head
+
+
+def _output_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What makes the logits of the final hidden states as large as they are."""
+    lm_head = _lm_head(model)
+    tied = [name for name, p in model.named_parameters() if p is lm_head.weight and not name.startswith("lm_head.")]
+    if not tied:
         return [lm_head.weight]
     final_norm = getattr(model, "final_norm_name", None)
     if final_norm is None:
         raise ConfigError(
-            f"mup_base_width needs the name of the last norm where embedding and lm_head are tied: set {type(model).__name__}.final_norm_name"
+            f"mup_base_width scales the last norm where lm_head is tied to the embedding; say its path as {type(model).__name__}.final_norm_name"
         )
     return list(model.get_submodule(final_norm).parameters())
