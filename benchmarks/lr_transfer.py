@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument(
         "--max-seconds", type=float, default=math.inf, help="begin no run after so long; call again to go on"
     )
+    parser.add_argument("--plot", metavar="PNG")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -135,6 +136,8 @@ def main() -> None:
             loss_of(rule, args.widths[-1], best_rate(runs, rule, base), seed)
     result["rules"] = summary(runs, args.rules, args.widths)
     machine.write("lr-transfer", result)
+    if args.plot:
+        plot(result, Path(args.plot))
 
 
 def mean_losses(runs: list[dict[str, Any]], rule: str, width: int) -> dict[float, float]:
@@ -185,6 +188,27 @@ def summary(runs: list[dict[str, Any]], rules: list[str], widths: list[int]) -> 
             if taken_over is not None:
                 found[rule]["price"] = round(taken_over - min(wide.values()), 4)
     return found
+
+
+def plot(result: dict[str, Any], png: Path) -> None:
+    """One field for each rule, one line for each width, a star at its best rate."""
+    from matplotlib.figure import Figure
+
+    rules = result["rules"]
+    figure = Figure(figsize=(4.2 * len(rules), 3.8), layout="constrained")
+    fields = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    titles = {"standard": "AdamW, one rate for all", "mup": "AdamW, mup_base_width", "muon": "Muon"}
+    for axes, (rule, found) in zip(fields, rules.items(), strict=True):
+        for width, of_width in found["widths"].items():
+            points = [(float(lr), loss) for lr, loss in of_width["losses"].items() if math.isfinite(loss)]
+            [line] = axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=f"width {width}")
+            axes.plot(*min(points, key=lambda point: point[1]), "*", markersize=13, color=line.get_color())
+        axes.set(xlabel="learning rate", title=titles[rule])
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    fields[0].set_ylabel("validation loss")
+    figure.savefig(png, dpi=120)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def measure(args: argparse.Namespace, settings: Mapping[str, Any], folder: Path)
 
     start = time.perf_counter()
     config = cell_config(args, settings)
-    tokenizer, train_data, val_data = _data(dataclasses.replace(config, family=None, model=None, train=None))
+    tokenizer, train_data, val_data = _data(_of_the_text(config))
     config = config.with_vocabulary(tokenizer)
     config = config.replace(train={**config.train.to_dict(), "out_dir": str(folder)})
     model = config.new_model()
@@ -208,9 +208,17 @@ def _check(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"seq_len ({config.train.seq_len}) exceeds the model's context ({context}); lower it")
 
 
+def _of_the_text(config: "RunConfig") -> "RunConfig":
+    """The same one for all runs that read the text alike."""
+    from llmforge.models import GPTConfig
+    from llmforge.training import TrainConfig
+
+    return dataclasses.replace(config, family="gpt", model=GPTConfig(vocab_size=1), train=TrainConfig(max_steps=1))
+
+
 @functools.lru_cache(maxsize=2)
 def _data(config: "RunConfig") -> "tuple[Tokenizer, TokenDataset, TokenDataset | None]":
-    """Tokenizer, training and validation tokens, read once for all runs of a process; of the config, what concerns the text."""
+    """Tokenizer, training and validation tokens, read once for all runs of a process."""
     tokenizer = config.tokenizer.build(Path(config.text))
     return (tokenizer, *config.data(tokenizer))
 
