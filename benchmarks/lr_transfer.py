@@ -4,7 +4,7 @@
 
     standard    AdamW, the same rate for all weights
     mup         AdamW with TrainConfig.mup_base_width: the rate of the narrowest model, carried over by muP's rules
-    muon        Muon for the matrices; its rate is what is varied
+    muon        the same with Muon for the matrices; its rate is what is varied
 
 Rates are tried by factors of 2 until the best lies between two that are worse; the other seeds take the best and its neighbours. The
 valley of a width is at the lowest point of the parabola through log2(lr) and loss at the best rate and its neighbours, so that a shift of
@@ -84,11 +84,11 @@ def main() -> None:
             )
         )
         settings: dict[str, Any] = {"lr": lr}
-        if rule == "mup":
+        if rule == "muon":
+            settings = {"lr": START["standard"], "optimizer": "muon", "muon_lr": lr}
+        if rule != "standard":
             mup_init_(model, base)
             settings["mup_base_width"] = base
-        elif rule == "muon":
-            settings = {"lr": START["standard"] / 2, "optimizer": "muon", "muon_lr": lr}
         config = lf.TrainConfig(
             max_steps=args.steps,
             micro_batch_size=args.micro_batch_size,

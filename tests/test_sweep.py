@@ -296,21 +296,14 @@ def size(x):
     return x.float().square().mean().sqrt().item()
 
 
-def changes(model, base_width, *, lr=4e-3, steps=3):
+def changes(model, base_width, *, lr=4e-3, steps=3, **settings):
     """How much some steps change the output of the last block, and the logits, on the same text: root mean squares."""
     train_data, _ = toy_data()
     seen = {}
     blocks = model.model.layers if isinstance(model, lf.Llama) else model.transformer.h
     blocks[-1].register_forward_hook(lambda module, inputs, output: seen.update(block=output))
-    config = lf.TrainConfig(
-        max_steps=100,
-        micro_batch_size=8,
-        warmup_steps=0,
-        schedule="constant",
-        lr=lr,
-        mup_base_width=base_width,
-        device="cpu",
-    )
+    settings |= dict(max_steps=100, micro_batch_size=8, warmup_steps=0, schedule="constant", lr=lr, device="cpu")
+    config = lf.TrainConfig(mup_base_width=base_width, **settings)
     if base_width is not None:
         mup_init_(model, base_width)
     trainer = lf.Trainer(model, train_data, config=config)
@@ -337,6 +330,18 @@ def test_a_step_changes_a_wide_model_as_much_as_a_narrow_one(build, settings):
         growth, control = (found[1][name] / found[0][name] for found in (mup, standard))
         assert 0.7 < growth < 1.4, (name, growth)  # 8 times the width; measured 0.89 to 1.10
         assert control > 2.5, (name, control)  # measured 5 and more
+
+
+def test_muon_takes_its_rate_over_and_mup_the_logits():
+    """An orthogonal update moves outputs equally far at any width; the logits are AdamW's."""
+    found = {
+        base: [changes(wide_llama(width), base, optimizer="muon", muon_lr=0.02) for width in (32, 256)]
+        for base in (32, None)
+    }
+    growth = {base: {name: wide[name] / narrow[name] for name in wide} for base, (narrow, wide) in found.items()}
+    print(growth)
+    assert all(0.7 < factor < 1.4 for factor in growth[32].values()), growth
+    assert growth[None]["logits"] > 2.0, growth
 
 
 def test_mup_at_the_base_width_leaves_learning_rates_alone():

@@ -1,4 +1,4 @@
-"""A learning rate that stays where it is while the model gets wider: the maximal update parametrisation (muP), for AdamW.
+"""A learning rate that stays where it is while the model gets wider: the maximal update parametrisation (muP).
 
 AdamW moves each weight by about the learning rate, whatever its gradient. A layer adds up C such moves, so in a model of twice the width a
 step changes the output of a layer twice as much, and the best learning rate falls. With muP it stays: what a small model is best trained
@@ -8,6 +8,8 @@ with, the wide one is too. With r = base_width / C, the width for which the rate
     output projection           learning rate * r, initial weights * r
       tied to the embedding     the final norm in its place: logits come out r times as large, and the embedding learns as fast as ever
     embeddings, gains, biases   as they are
+
+Muon (optimizer="muon") moves an output equally far at any width: its matrices keep muon_lr, and the rest of the table is as above.
 
 The model runs as before, so it exports like any other. A wider model has more heads of the same width D, and a feed-forward layer of the
 same ratio to C. Weight decay falls with a matrix's learning rate, as AdamW multiplies them.
