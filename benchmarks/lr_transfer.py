@@ -10,6 +10,9 @@ Rates are tried by factors of 2 until the best lies between two that are worse; 
 valley of a width is at the lowest point of the parabola through log2(lr) and loss at the best rate and its neighbours, so that a shift of
 less than a factor of 2 shows. `price` is what taking over the narrowest model's best rate costs the widest, in nats. What the result
 holds already is not trained again.
+
+`change_in_first_steps`: how much the first steps change the last block's output and the logits, root mean squares; by muP's promise as
+much at any width (the coordinate check of Yang et al. 2022, arXiv:2203.03466, D.1).
 """
 
 import argparse
@@ -27,6 +30,7 @@ from llmforge.training.mup import mup_init_
 
 START = {"standard": 2.0**-7, "mup": 2.0**-7, "muon": 2.0**-5}
 HEAD_DIM = 16
+COORDINATE_STEPS = 10
 
 
 def main() -> None:
@@ -34,6 +38,7 @@ def main() -> None:
     parser.add_argument("text")
     parser.add_argument("--rules", nargs="+", default=list(START), choices=list(START))
     parser.add_argument("--widths", nargs="+", type=int, default=[32, 64, 128])
+    parser.add_argument("--coordinate-widths", nargs="+", type=int, default=[32, 128, 512])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--micro-batch-size", type=int, default=8)
@@ -50,7 +55,8 @@ def main() -> None:
     tokenizer = lf.CharTokenizer.from_text_file(args.text)
     train_data, val_data = lf.TokenDataset.from_text_file(args.text, tokenizer).split(val_fraction=0.1)
     path = machine.RESULTS / "lr-transfer.json"
-    runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    runs: list[dict[str, Any]] = before.get("runs", [])
     deadline = time.perf_counter() + args.max_seconds
     base = args.widths[0]
     result = {
@@ -60,16 +66,18 @@ def main() -> None:
         "steps": args.steps,
         "tokens_per_step": args.micro_batch_size * args.seq_len,
         "base_width": base,
+        "change_in_first_steps": before.get("change_in_first_steps", {}),
         "rules": {},
         "runs": runs,
     }
 
-    def loss_of(rule: str, width: int, lr: float, seed: int) -> float:
-        for done in runs:
-            if (done["rule"], done["width"], done["lr"], done["seed"]) == (rule, width, lr, seed):
-                return float("inf") if done["val_loss"] is None else float(done["val_loss"])
-        if time.perf_counter() > deadline:
-            raise SystemExit(f"{len(runs)} runs done; the same command goes on")
+    def save(news: dict[str, Any]) -> None:
+        result["rules"] = summary(runs, args.rules, args.widths)
+        machine.RESULTS.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(news), flush=True)
+
+    def trainer_of(rule: str, width: int, lr: float, seed: int) -> lf.Trainer:
         torch.manual_seed(seed)
         model = lf.Llama(
             lf.LlamaConfig(
@@ -101,8 +109,34 @@ def main() -> None:
             seed=seed,
             **settings,
         )
+        return lf.Trainer(model, train_data, val_data=val_data, config=config)
+
+    def coordinates(rule: str, width: int) -> dict[str, float]:
+        """Root mean square of what the first steps change, on the same text: the last block's output, and the logits."""
+        trainer = trainer_of(rule, width, START[rule] / 2, args.seeds[0])
+        seen: list[torch.Tensor] = []
+        trainer.model.model.layers[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+        idx = val_data.batch(0, batch_size=args.micro_batch_size, seq_len=args.seq_len, seed=0)[0]
+        outputs = []
+        for _ in range(2):
+            with torch.no_grad():
+                logits = trainer.model(idx)
+            outputs.append({"block": seen[-1], "logits": logits})
+            if len(outputs) == 1:
+                for _ in range(min(COORDINATE_STEPS, args.steps)):
+                    next(trainer)
+        before, after = outputs
+        return {name: round((after[name] - before[name]).square().mean().sqrt().item(), 4) for name in before}
+
+    def loss_of(rule: str, width: int, lr: float, seed: int) -> float:
+        for done in runs:
+            if (done["rule"], done["width"], done["lr"], done["seed"]) == (rule, width, lr, seed):
+                return float("inf") if done["val_loss"] is None else float(done["val_loss"])
+        if time.perf_counter() > deadline:
+            raise SystemExit(f"{len(runs)} runs done; the same command goes on")
+        trainer = trainer_of(rule, width, lr, seed)
         start = time.process_time()
-        loss = lf.Trainer(model, train_data, val_data=val_data, config=config).train(progress=False).val_loss
+        loss = trainer.train(progress=False).val_loss
         assert loss is not None
         runs.append(
             {
@@ -114,12 +148,13 @@ def main() -> None:
                 "cpu_seconds": round(time.process_time() - start, 1),
             }
         )
-        result["rules"] = summary(runs, args.rules, args.widths)
-        machine.RESULTS.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(runs[-1]), flush=True)
+        save(runs[-1])
         return loss
 
+    for rule in args.rules:
+        if rule not in result["change_in_first_steps"]:
+            result["change_in_first_steps"][rule] = {str(w): coordinates(rule, w) for w in args.coordinate_widths}
+            save({rule: result["change_in_first_steps"][rule]})
     for rule in args.rules:
         for width in args.widths:
             first = args.seeds[0]
