@@ -270,3 +270,25 @@ def test_tuning_benchmarks(tmp_path, monkeypatch):
     )
     result = json.loads((tmp_path / "nf4.json").read_text(encoding="utf-8"))
     assert not (tmp_path / "nf4").exists()
+
+
+def test_scaling_law_script(text, tmp_path):
+    arguments = [EXAMPLES / "scaling_law.py", text, "--widths", 16, 32, 48, "--steps", 5, 15, 30]
+    out = run(*arguments, cwd=tmp_path)
+    assert out.count("steps: loss") == 9
+    assert re.search(r"loss\(N, D\) = \S+ \+ \S+ / N\^\d\.\d+ \+ \S+ / D\^\d\.\d+, off by", out)
+    assert "steps: loss" not in run(*arguments, cwd=tmp_path)  # as it promises
+
+
+def test_sweep_benchmarks(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMFORGE_BENCHMARK_RESULTS", str(tmp_path))
+    sizes = ["--widths", 16, 32, 48, "--steps", 5, 10, 20, "--held-out", 64, 30]
+    run(ROOT / "benchmarks" / "scaling_law.py", text, *sizes, "--plot", "law.png", cwd=tmp_path)
+    held_out = json.loads((tmp_path / "scaling-law.json").read_text(encoding="utf-8"))["held_out"]
+    assert held_out["error"] == held_out["predicted"] - held_out["measured"]
+    assert (tmp_path / "law.png").stat().st_size > 0
+    few = ["--rules", "mup", "--widths", 16, 32, "--layers", 1, "--steps", 2, "--micro-batch-size", 1]
+    run(ROOT / "benchmarks" / "lr_transfer.py", text, *few, "--plot", "transfer.png", cwd=tmp_path)
+    rules = json.loads((tmp_path / "lr-transfer.json").read_text(encoding="utf-8"))["rules"]
+    assert set(rules["mup"]["widths"]) == {"16", "32"}
+    assert (tmp_path / "transfer.png").stat().st_size > 0

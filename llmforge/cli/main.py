@@ -19,6 +19,7 @@ from llmforge.cli import (
     merge,
     quantize,
     runs,
+    sweep,
     train,
     verify,
 )
@@ -29,6 +30,7 @@ from llmforge.errors import LLMForgeError
 _COMMANDS = {
     "demo": demo,
     "train": train,
+    "sweep": sweep,
     "generate": generate,
     "chat": chat,
     "finetune": finetune,

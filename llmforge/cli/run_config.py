@@ -20,7 +20,7 @@ from llmforge.tokenizers import (
     load_tokenizer,
 )
 from llmforge.tokenizers.sources import Source, TextSource, text_sources
-from llmforge.training import TrainConfig
+from llmforge.training import TrainConfig, mup_init_
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -169,7 +169,10 @@ class RunConfig(Config):
         import torch
 
         torch.manual_seed(self.train.seed)
-        return FAMILIES[self.family][1](self.model)
+        model = FAMILIES[self.family][1](self.model)
+        if self.train.mup_base_width is not None:
+            mup_init_(model, self.train.mup_base_width)
+        return model
 
 
 def presets() -> list[str]:

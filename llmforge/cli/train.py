@@ -32,7 +32,8 @@ EXAMPLES = """examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to train on."""
     parser.add_argument(
         "text",
         nargs="*",
@@ -59,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out lines that are nearly the same as an earlier one",
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_text_arguments(parser)
     parser.add_argument(
         "--preset",
         help="char-gpt, char-gpt-cpu, modern, gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-15m, llama-42m, llama-110m, llama-350m, "
@@ -103,9 +108,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.resume is not None:
         return _resume(args)
+    from llmforge.training.distributed import is_restart, join
+
+    given = {"out_dir": args.out, "trackers": args.tracker}
+    config = resolve_config(args, {name: value for name, value in given.items() if value is not None})
+    _check_twin(config, args)
+    tokenizer = join(config.train.device).first_decides(lambda: config.tokenizer.build(config.text))
+    # After a process has died, torchrun starts all of them again with the command line of the beginning.
+    return _train_all(config.with_vocabulary(tokenizer), tokenizer, args, resume=is_restart())
+
+
+def resolve_config(args: argparse.Namespace, train: Mapping[str, object]) -> "RunConfig":
+    """The run that the arguments ask for.
+
+    Args:
+        train: more settings of training, before those of --set.
+    """
     from llmforge.cli.run_config import RunConfig, parse_settings
     from llmforge.config import read_yaml_mapping
-    from llmforge.training.distributed import is_restart, join
 
     file_layer = read_yaml_mapping(args.config) if args.config is not None else {}
     text = _texts(args) or file_layer.get("text")
@@ -115,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         )
     preset = args.preset or file_layer.pop("preset", None) or default_preset()
     file_layer.pop("preset", None)
-    options: dict[str, Any] = {"tokenizer": {}, "train": {}}
+    options: dict[str, Any] = {"tokenizer": {}, "train": dict(train)}
     if args.tokenizer is not None:
         options["tokenizer"] = _tokenizer_option(args.tokenizer)
     if args.vocab_size is not None:
@@ -126,21 +146,13 @@ def run(args: argparse.Namespace) -> int:
         options["tokenizer"] = {"kind": args.tokenizer or _trained_kind(file_layer), "vocab_size": args.vocab_size}
     if args.steps is not None:
         options["train"]["max_steps"] = args.steps
-    if args.out is not None:
-        options["train"]["out_dir"] = args.out
-    if args.tracker is not None:
-        options["train"]["trackers"] = args.tracker
     if args.val_fraction is not None:
         options["val_fraction"] = args.val_fraction
     if args.drop_near_duplicates:
         options["drop_near_duplicates"] = True
-    defaults = {"text": text, "train": {"out_dir": f"runs/{_stem(text)}"}}
+    defaults = {"text": text, "train": {"out_dir": f"runs/{stem(text)}"}}
     layers = [defaults, file_layer, {"text": text}, options, parse_settings(args.set)]
-    config = RunConfig.resolve(preset, layers)
-    _check_twin(config, args)
-    tokenizer = join(config.train.device).first_decides(lambda: config.tokenizer.build(config.text))
-    # After a process has died, torchrun starts all of them again with the command line of the beginning.
-    return _train_all(config.with_vocabulary(tokenizer), tokenizer, args, resume=is_restart())
+    return RunConfig.resolve(preset, layers)
 
 
 def _resume(args: argparse.Namespace) -> int:
@@ -224,7 +236,7 @@ def _texts(args: argparse.Namespace) -> "str | list[dict[str, object]] | None":
     return str(args.text[0]) if sources == [{"path": args.text[0]}] else sources
 
 
-def _stem(text: object) -> str:
+def stem(text: object) -> str:
     """Name of a run on these texts: that of the first one."""
     from llmforge.tokenizers.sources import text_sources
 

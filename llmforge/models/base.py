@@ -19,7 +19,8 @@ class ModelConfig(Config):
 class LanguageModel(nn.Module, ABC):
     """A decoder: token ids in, logits out, always (B, T) -> (B, T, V).
 
-    A family sets `config`, `context_length`, `lm_head` (the output projection) and `embedding_name`, and implements `features`.
+    A family sets `config`, `context_length`, `lm_head` (the output projection), `embedding_name` and `final_norm_name`, and implements
+    `features`.
     Its blocks have `mlp_tiles`, and what runs them has `checkpointing`.
     """
 
@@ -27,6 +28,7 @@ class LanguageModel(nn.Module, ABC):
     context_length: int  # most tokens that one forward pass can hold
     lm_head: nn.Linear
     embedding_name: ClassVar[str]  # path of the token embedding
+    final_norm_name: ClassVar[str]  # path of the norm before lm_head
 
     @abstractmethod
     def features(self, idx: Tensor, kv_cache: KVCache | None = None, *, positions: Tensor | None = None) -> Tensor:

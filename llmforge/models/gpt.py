@@ -207,6 +207,7 @@ class GPT(LanguageModel):
 
     config: GPTConfig
     embedding_name = "transformer.wte"
+    final_norm_name = "transformer.ln_f"
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

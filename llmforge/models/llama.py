@@ -287,6 +287,7 @@ class Llama(LanguageModel):
 
     config: LlamaConfig
     embedding_name = "model.embed_tokens"
+    final_norm_name = "model.norm"
     block_class: ClassVar[type[Block]] = Block  # a relative with other blocks has its own
 
     def __init__(self, config: LlamaConfig) -> None:

@@ -18,8 +18,11 @@ from llmforge.training.loss import (
     next_token_loss,
 )
 from llmforge.training.metrics import EvalMetrics, StepMetrics, TrainResult, read_log
+from llmforge.training.mup import mup_init_
 from llmforge.training.optim import build_optimizer
+from llmforge.training.scaling_law import ScalingLaw, fit_scaling_law
 from llmforge.training.schedule import learning_rate
+from llmforge.training.sweeps import SweepPoint, SweepResult, SweepRun, sweep
 from llmforge.training.trainer import Dataset, Trainer
 
 __all__ = [
@@ -28,7 +31,11 @@ __all__ = [
     "EvalMetrics",
     "LossFunction",
     "ModelFiles",
+    "ScalingLaw",
     "StepMetrics",
+    "SweepPoint",
+    "SweepResult",
+    "SweepRun",
     "TrainConfig",
     "TrainResult",
     "Trainer",
@@ -38,11 +45,14 @@ __all__ = [
     "chunked_cross_entropy",
     "chunked_next_token_loss",
     "find_checkpoint",
+    "fit_scaling_law",
     "learning_rate",
     "list_checkpoints",
+    "mup_init_",
     "next_token_loss",
     "pick_device",
     "read_log",
+    "sweep",
     "validation_loss",
     "verify_manifest",
 ]

@@ -10,6 +10,7 @@ from torch import nn
 from llmforge.errors import ConfigError
 from llmforge.training.config import TrainConfig
 from llmforge.training.muon import Muon, hidden_matrices
+from llmforge.training.mup import mup_lr_factors, with_lr_factors
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -31,6 +32,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         {"params": [p for p in params if p.ndim >= 2 and p not in matrices], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if config.mup_base_width is not None:
+        groups = with_lr_factors(groups, mup_lr_factors(model, config.mup_base_width))
     if config.optimizer == "muon":
         others = [{**group, "betas": config.betas, "fused": fused} for group in groups]
         return Muon(matrices, others, lr=config.lr, muon_lr=config.muon_lr, weight_decay=config.weight_decay)
