@@ -245,6 +245,26 @@ def test_copies_from_a_gpu_are_read_after_they_have_arrived(monkeypatch):
     ]
 
 
+def test_a_save_marks_the_end_of_its_copies_and_waits_for_it(tmp_path, monkeypatch):
+    calls = []
+    for name in ("start", "sent", "wait"):
+        method = getattr(HostCopies, name)
+
+        def spied(self, name=name, method=method):
+            calls.append((name, threading.current_thread().name))
+            method(self)
+
+        monkeypatch.setattr(HostCopies, name, spied)
+    trainer = spied_trainer(tmp_path / "run", lambda step: calls.append(("write", threading.current_thread().name)))
+    next(trainer)
+    trainer._writer.begin(trainer._snapshot)
+    trainer._writer.close()
+    here = "MainThread"  # asks; the other one reads
+    start, *rest = calls
+    assert start == ("start", here)
+    assert rest[-3:] == [("sent", here), ("wait", "checkpoint"), ("write", "checkpoint")]
+
+
 def test_copies_take_the_memory_of_the_last_ones_where_it_fits():
     copies = HostCopies()
     first = [copies(torch.full(shape, 1.0)) for shape in ((2, 3), (4,), (5, 1))]
@@ -343,10 +363,12 @@ def test_something_in_the_place_of_a_checkpoint_is_named(tmp_path):
 
 def test_another_error_in_the_thread_ends_the_run(tmp_path):
     def act(step):
-        raise ValueError("a bug")
+        if step == 4:
+            raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
         spied_trainer(tmp_path / "run", act).train(progress=False)
+    assert names(tmp_path / "run") == []
 
 
 def test_a_disk_that_is_really_full_does_not_end_a_run(tmp_path):

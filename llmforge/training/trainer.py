@@ -413,9 +413,9 @@ class Trainer:
         Raises:
             DivergedError: with the name of one.
         """
-        # A tenth of the time of looking at each value, and one look at the device; a sum of 1e38s, which overflows, is looked into.
+        # A tenth of the time of looking at each value, and one look at the device; a sum that overflows is looked into.
         broken: list[str] = []
-        if not torch.stack([own_part(p).detach().sum(dtype=torch.float32) for p in self._params]).isfinite().all():
+        if not torch.stack([own_part(p).detach().sum().isfinite() for p in self._params]).all():
             named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
             broken = [name for name, p in named if not own_part(p).isfinite().all()]
         if self.ranks.smallest(-len(broken)) < 0:
