@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -74,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out or f"runs/{stem(base.text)}-sweep")
     seeds = [base.train.seed + number for number in range(args.seeds)]
     screen = sys.stderr if args.json else sys.stdout
-    values = [len(of_key) for of_key in grid.values()]
-    total = functools.reduce(int.__mul__, values, args.seeds)
-    print(f"sweep    {out}: {total} runs of {base.train.max_steps} steps", file=screen, flush=True)
+    total = args.seeds * math.prod(len(values) for values in grid.values())
+    steps = "" if "max_steps" in grid else f" of {base.train.max_steps} steps"
+    print(f"sweep    {out}: {total} runs{steps}", file=screen, flush=True)
 
     def report(done: "SweepRun") -> None:
         loss = "diverged" if done.loss is None else f"loss {done.loss:.4f}"
@@ -263,13 +264,13 @@ def summary(result: "SweepResult", base: "RunConfig", args: argparse.Namespace) 
     changes = [f"{key}={value}" for key, value in best.settings.items() if key != "width"]
     if "width" in best.settings:
         changes += [f"{name}={size}" for name, size in shape_of_width(base.model, best.settings["width"]).items()]
-    again = [
-        "train",
-        base.text,
-        *(["--preset", args.preset] if args.preset else []),
-        *(f"--set {s}" for s in [*args.set, *changes]),
-    ]
-    lines.append(f"next     {program()} {' '.join(again)}")
+    again = ["train", base.text]
+    for name in ("preset", "config", "tokenizer", "vocab_size"):
+        if getattr(args, name) is not None:
+            again += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    for change in [*args.set, *changes]:
+        again += ["--set", change]
+    lines.append(f"next     {program()} {shlex.join(again)}")
     return lines
 
 

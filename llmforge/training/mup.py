@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmforge.errors import ConfigError
 from llmforge.nn import bit_linears
@@ -47,7 +47,7 @@ def mup_init_(model: nn.Module, base_width: int) -> nn.Module:
     return model
 
 
-def mup_lr_factors(model: nn.Module, base_width: int) -> dict[nn.Parameter, float]:
+def mup_lr_factors(model: nn.Module, base_width: int) -> dict[Tensor, float]:
     """What the learning rate of a parameter is to be multiplied by; those that are not listed, by 1.
 
     Args:
@@ -65,10 +65,11 @@ def mup_lr_factors(model: nn.Module, base_width: int) -> dict[nn.Parameter, floa
     lm_head = _lm_head(model)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not lm_head]
     r = base_width / lm_head.in_features
-    return dict.fromkeys([*(linear.weight for linear in linears), *_output_parameters(model)], r)
+    parameters: list[Tensor] = [*(linear.weight for linear in linears), *_output_parameters(model)]
+    return dict.fromkeys(parameters, r)
 
 
-def with_lr_factors(groups: Sequence[Mapping[str, Any]], factors: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
+def with_lr_factors(groups: Sequence[Mapping[str, Any]], factors: Mapping[Tensor, float]) -> list[dict[str, Any]]:
     """An optimizer's groups, split where parameters have other factors; each new one has its `lr_factor`, which the trainer reads."""
     split: list[dict[str, Any]] = []
     for group in groups:
@@ -88,7 +89,7 @@ def _lm_head(model: nn.Module) -> nn.Linear:
     return lm_head
 
 
-def _output_parameters(model: nn.Module) -> list[nn.Parameter]:
+def _output_parameters(model: nn.Module) -> list[Tensor]:
     """What makes the logits of the final hidden states as large as they are."""
     lm_head = _lm_head(model)
     tied = [name for name, p in model.named_parameters() if p is lm_head.weight and not name.startswith("lm_head.")]

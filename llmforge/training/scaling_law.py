@@ -33,7 +33,7 @@ class ScalingLaw:
         >>> round(law.loss(70e9, 1.4e12), 3)  # Chinchilla
         1.937
         """
-        return self.E + self.A / num_params**self.alpha + self.B / num_tokens**self.beta
+        return float(self.E + self.A / num_params**self.alpha + self.B / num_tokens**self.beta)
 
     def optimal(self, flops: float) -> tuple[float, float]:
         """(weights, tokens) of the lowest loss for so many FLOPs of training, 6 per weight and token.
@@ -109,8 +109,9 @@ def _check(N: Tensor, D: Tensor, L: Tensor) -> None:
     if len(L) < 6:
         raise DataError(f"{len(L)} runs cannot determine the law's 5 constants; at least 6 are needed, 9 are better")
     for what, values in (("sizes", N), ("numbers of tokens", D)):
-        if len(values.unique()) < 3:
-            raise DataError(f"the runs have {len(values.unique())} different {what}; a curve needs at least 3")
+        different = len(set(values.tolist()))
+        if different < 3:
+            raise DataError(f"the runs have {different} different {what}; a curve needs at least 3")
     correlation = torch.corrcoef(torch.stack([N.log(), D.log()]))[0, 1].item()
     if abs(correlation) > 0.98:
         raise DataError(
@@ -153,9 +154,8 @@ def _minimize(p: Tensor, n: Tensor, d: Tensor, log_loss: Tensor, delta: float, *
     cost = cost_of(predicted - log_loss)
     for _ in range(steps):
         deviation = predicted - log_loss
-        weight = (delta / deviation.abs().clamp(min=1e-300)).clamp(max=1.0)[
-            ..., None
-        ]  # Huber: less for what lies far off
+        # Of a Huber loss: less for what lies far off.
+        weight = (delta / deviation.abs().clamp(min=1e-300)).clamp(max=1.0)[..., None]
         normal = jacobian.mT @ (weight * jacobian)
         scale = torch.diag_embed(normal.diagonal(dim1=-2, dim2=-1) * damping[:, None] + 1e-12)
         move = torch.linalg.solve(normal + scale, jacobian.mT @ (weight * deviation[..., None]))[..., 0]
