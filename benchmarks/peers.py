@@ -71,7 +71,7 @@ class Training:
 
     @property
     def tokens_per_row(self) -> int:
-        return self.seq_len or self.build_on_meta().context_length
+        return self.seq_len or int(self.shape["context_length"])
 
     @property
     def rows_per_step(self) -> int:
@@ -90,9 +90,16 @@ class Training:
         torch.manual_seed(0)
         return FAMILIES[self.family][0](self.model_config)
 
-    def build_on_meta(self) -> Any:
+    @cached_property
+    def shape(self) -> dict[str, int]:
+        """What the model says of itself, without its memory."""
         with torch.device("meta"):
-            return FAMILIES[self.family][0](self.model_config)
+            model = FAMILIES[self.family][0](self.model_config)
+        return {
+            "context_length": model.context_length,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "flops_per_token": model.flops_per_token(self.seq_len or model.context_length),
+        }
 
     def data(self) -> TokenDataset:
         vocab_size = self.model_config.vocab_size
@@ -494,12 +501,11 @@ def describe(race: Training) -> dict[str, Any]:
     fields["device"] = race.device_name or str(race.device)
     for name in ("device_name", "threads", "gpu_gb"):
         fields.pop(name)
-    meta = race.build_on_meta()
     return {
         **fields,
-        "parameters": sum(p.numel() for p in meta.parameters()),
+        "parameters": race.shape["parameters"],
         "seq_len": race.tokens_per_row,
         "tokens_per_step": race.tokens_per_step,
-        "flops_per_token": meta.flops_per_token(race.tokens_per_row),
+        "flops_per_token": race.shape["flops_per_token"],
         "optimizer": race.config.optimizer,
     }

@@ -26,6 +26,7 @@ from typing import Any
 
 import generation
 import machine
+import numpy as np
 import peers
 import tables
 import torch
@@ -45,8 +46,8 @@ PACKAGES = (
     "bitsandbytes",
 )
 GPU_GB = 11.0  # of a card of 12: CUDA itself and a desktop take the rest
+MADE_UP_TEXT = "a made-up text"  # in the arguments of a script: a file of one
 ALL = list(peers.PEERS)
-SAME = ["llmforge", *peers.SAME_MODULE]
 FEW = ["llmforge", "plain_loop", "transformers_trainer"]
 
 
@@ -105,15 +106,27 @@ def generate(
     )
 
 
+def made_up_text(path: Path, words: int = 500_000) -> Path:
+    """Some megabytes of words of random letters, as frequent as words are (Zipf), in paragraphs."""
+    random = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmfwygpbvk"))
+    vocabulary = ["".join(random.choice(letters, size)) for size in random.integers(2, 10, 20_000)]
+    chosen = np.minimum(random.zipf(1.3, words), len(vocabulary)) - 1
+    lines = [" ".join(vocabulary[i] for i in chosen[at : at + 60]) + "." for at in range(0, words, 60)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
 def script(kind: str, name: str, file: str, arguments: Sequence[Any], seconds: float, note: str = "") -> Part:
     """Another benchmark of this folder, in a process of its own."""
 
     def run() -> dict[str, Any]:
         if not (HERE / file).exists():
             return {"skipped": {file: "not in this version"}}
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as texts:
+            text = made_up_text(Path(texts) / "text.txt") if MADE_UP_TEXT in arguments else None
             done = subprocess.run(
-                [sys.executable, str(HERE / file), *map(str, arguments)],
+                [sys.executable, str(HERE / file), *(str(text if word == MADE_UP_TEXT else word) for word in arguments)],
                 capture_output=True, text=True, check=False, env={**os.environ, "LLMFORGE_BENCHMARK_RESULTS": folder},
             )  # fmt: skip
             results = sorted(Path(folder).glob("*.json"))
@@ -123,6 +136,12 @@ def script(kind: str, name: str, file: str, arguments: Sequence[Any], seconds: f
             return found
 
     return Part(kind, name, run, seconds, note)
+
+
+def preparation(*, megabytes: int, seconds: float) -> Part:
+    ways = ["library encode_batch", "library encode_batch_fast", "bpe text", "bpe jsonl", "char text", "nanogpt"]
+    arguments = [MADE_UP_TEXT, "--megabytes", megabytes, "--vocab-size", 4096, "--ways", *ways]
+    return script("data_preparation", f"{megabytes} MB", "data_preparation.py", arguments, seconds, "a made-up text")
 
 
 # The suites
@@ -170,7 +189,7 @@ def cpu(device: str | None, threads: int | None) -> list[Part]:
         generate("char-gpt", generation.Generation("gpt", "char-gpt", {**characters, "dropout": 0.0}, **at, **texts), ["llmforge", "llmforge_without_cache", "transformers", "litgpt"]),
         generate("gpt2 width", generation.Generation("gpt", "gpt2", {"n_layer": 2}, **at, **texts), ["llmforge", "llmforge_compiled", "transformers", "litgpt"], seconds=40),
         script("qlora", "llama-110m width", "qlora_step.py", ["--preset", "llama-110m", "--layers", 2, "--tokens", 256, "--device", "cpu", "--repeat", 5], 40, "2 of 12 layers"),
-        script("data_preparation", "text to ids", "data_preparation.py", [], 60),
+        preparation(megabytes=20, seconds=60),
     ]  # fmt: skip
 
 
@@ -212,7 +231,7 @@ def rtx4070(device: str | None, threads: int | None) -> list[Part]:
         train("bitnet-42m", bitnet, ["llmforge", "plain_loop"], **apart),
         generate("gpt2", generation.Generation("gpt", "gpt2", less["gpt"], dtype=dtype, **at, **texts), list(generation.CONTESTANTS), blocks=blocks, seconds=150),
         *[script("qlora", f"{qlora[1]}, {kind}", "qlora_step.py", [*qlora, "--kinds", kind], 45) for kind in ("nf4", "dense", "peft")],
-        script("data_preparation", "text to ids", "data_preparation.py", [], 60),
+        preparation(megabytes=20, seconds=60),
     ]  # fmt: skip
 
 

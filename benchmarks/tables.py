@@ -152,12 +152,17 @@ def _qlora(found: Mapping[str, Any]) -> str:
 
 
 def _data_preparation(found: Mapping[str, Any]) -> str:
-    lines = [
-        f"- {name}: `{json.dumps({key: value for key, value in part.items() if isinstance(value, (int, float, dict))})}`"
+    rows = [
+        [
+            f"{name}: {way}", _number(measured["megabytes_per_second"]["median"]),
+            _number(measured["megabytes_per_cpu_second"]["median"]), f"{measured['peak_mebibytes']:.0f} MiB",
+            _number(measured.get("ratio_to_the_faster_library_call")), measured["what"],
+        ]
         for name, part in found.items()
-        if "failed" not in part and "skipped" not in part
-    ]
-    return "**Data preparation**\n\n" + ("\n".join(lines) or "Not measured.")
+        for way, measured in part.get("ways", {}).items()
+    ]  # fmt: skip
+    headings = ["", "MB/s", "MB per CPU second", "peak memory", "speed, of the library's", ""]
+    return "**Data preparation**\n\n" + _table(headings, rows)
 
 
 def _left_out(result: Mapping[str, Any]) -> Iterable[str]:
@@ -173,6 +178,8 @@ def _left_out(result: Mapping[str, Any]) -> Iterable[str]:
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Without columns that are empty in all rows."""
+    if not rows:
+        return "Nothing was measured."
     kept = [i for i, _ in enumerate(headings) if i == 0 or any(row[i] for row in rows)]
     lines = [[headings[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

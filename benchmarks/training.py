@@ -40,7 +40,7 @@ def measure(
     seconds = {name: machine.spread(outcome.seconds) for name, outcome in outcomes.items()}
     flops = {name: shape["flops_per_token"] * tokens / spread["median"] for name, spread in seconds.items()}
     peak = matmul_flops_per_second(race)
-    published = published_flops_per_second(race.device)
+    published = device_peak_flops(race.device, race.dtype)
     result = {
         **shape,
         "steps_per_block": steps,
@@ -102,10 +102,6 @@ def matmul_flops_per_second(race: peers.Training) -> float:
     return _matmul_speeds[key]
 
 
-def published_flops_per_second(device: torch.device) -> float | None:
-    return device_peak_flops(device, "bfloat16")
-
-
 def expected_seconds(
     race: peers.Training,
     contestants: int,
@@ -117,8 +113,9 @@ def expected_seconds(
 ) -> float:
     """About how long `measure` takes: FLOPs over what such a device reaches, and starting, importing and compiling."""
     on_gpu = (race.device_name or race.device.type).startswith("cuda")
-    known = published_flops_per_second(race.device) if torch.cuda.is_available() else None
-    peak = (known or peak_flops("NVIDIA GeForce RTX 4070", "bfloat16") or 0.0) if on_gpu else 50e9 * (race.threads or 1)
+    known = device_peak_flops(race.device, race.dtype) if on_gpu and torch.cuda.is_available() else None
+    gpu = known or peak_flops("NVIDIA GeForce RTX 4070", race.dtype) or 29e12
+    peak = gpu if on_gpu else 50e9 * (race.threads or 1)
     shape = peers.describe(race)
     step = shape["flops_per_token"] * race.tokens_per_step / (peak * (0.35 if on_gpu else 0.6))
     start = 8 if on_gpu else 2.5
