@@ -4,7 +4,8 @@
 
 Model and data are nanoGPT's published CPU setting: characters, 0.8 million weights, context 64, 12 x 64 tokens per step, the last
 tenth of the text for validation, all of which is evaluated. nanoGPT itself reports 1.88 after 2,000 steps. Each variant is the one
-that it is compared with (`against`) and one change. The preset `modern` is last; what could be in it beside or instead comes after.
+that it is compared with (`against`) and one change. After the preset `modern` comes what could be in it
+beside or instead, and what else explains it.
 
 Variants that the result already has are skipped, so the script goes on where it was stopped; `--variants` runs some of them.
 """
@@ -92,19 +93,17 @@ VARIANTS: dict[str, tuple[str | None, Build, dict[str, Any]]] = {
     "+ SwiGLU": ("+ RMSNorm", modern(**PLAIN), ADAMW),
     "+ QK-norm": ("+ SwiGLU", modern(residual_init="scaled"), ADAMW),
     "+ zero-initialised projections": ("+ QK-norm", modern(), ADAMW),
-    "modern: + Muon 0.02": ("+ zero-initialised projections", modern(), {}),
+    "+ Muon 0.02: the preset modern": ("+ zero-initialised projections", modern(), {}),
+    "modern, squared ReLU for SwiGLU": ("+ Muon 0.02: the preset modern", modern(**RELU2), {}),
+    "modern, squared ReLU, no QK-norm (Arcee)": ("+ Muon 0.02: the preset modern", modern(**RELU2, qk_norm=False), {}),
+    "modern, untied head": ("+ Muon 0.02: the preset modern", modern(tie_word_embeddings=False), {}),
+    "modern, logits capped at 15": ("+ Muon 0.02: the preset modern", modern(final_logit_softcapping=15.0), {}),
     "nanoGPT block, Muon": ("+ linear to 0", gpt(), {}),
     "nanoGPT block, Muon, q, k, v as one matrix": ("nanoGPT block, Muon", gpt_whole, {}),
-    "modern, squared ReLU without a gate": ("modern: + Muon 0.02", modern(**RELU2), {}),
-    "modern, squared ReLU, no QK-norm (Arcee)": ("modern: + Muon 0.02", modern(**RELU2, qk_norm=False), {}),
-    "modern, no QK-norm": ("modern: + Muon 0.02", modern(qk_norm=False), {}),
-    "modern, scaled initialisation": ("modern: + Muon 0.02", modern(residual_init="scaled"), {}),
-    "modern, untied head": ("modern: + Muon 0.02", modern(tie_word_embeddings=False), {}),
-    "modern, logits capped at 15": ("modern: + Muon 0.02", modern(final_logit_softcapping=15.0), {}),
-    "modern, WSD": ("modern: + Muon 0.02", modern(), {"schedule": "wsd"}),
-    "modern, cosine": ("modern: + Muon 0.02", modern(), {"schedule": "cosine"}),
+    "nanoGPT block, AdamW 3e-3, cosine to 0": ("+ linear to 0", gpt(), {**ADAMW, "schedule": "cosine"}),
+    "nanoGPT block, AdamW 3e-3, WSD to 0": ("+ linear to 0", gpt(), {**ADAMW, "schedule": "wsd"}),
 }
-# After nanoGPT's tokens, too, which is the anchor.
+# After nanoGPT's tokens, which is the anchor.
 ANCHOR = "nanoGPT block, AdamW 1e-3, cosine, 2,000 steps"
 ANCHOR_TRAINING = {**COSINE, "max_steps": NANOGPT_STEPS, "warmup_steps": 100}
 
@@ -113,19 +112,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", help="UTF-8 text file")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, ANCHOR], help="names, or parts of them")
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, ANCHOR], default=[*VARIANTS, ANCHOR])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--table", action="store_true", help="print the result that is there as docs/training.md has it"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = CharTokenizer.from_text_file(args.text)
     data = TokenDataset.from_text_file(args.text, tokenizer).split(val_fraction=0.1)
     name = f"loss-per-token-{Path(args.text).stem}"
     path = machine.RESULTS / f"{name}.json"
+    if args.table:
+        print(table(json.loads(path.read_text())["summary"]))
+        return
     runs: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())["runs"] if path.exists() else {}
-    for variant in [*VARIANTS, ANCHOR]:
-        if not any(part in variant for part in args.variants):
-            continue
-        for seed in range(args.seeds):
+    for seed in range(args.seeds):
+        for variant in args.variants:
             if all(run["seed"] != seed for run in runs.get(variant, [])):
                 runs.setdefault(variant, []).append(train(variant, seed, tokenizer.vocab_size, *data))
                 write(name, args.text, runs)
@@ -148,6 +151,20 @@ def train(variant: str, seed: int, vocab_size: int, train_data: TokenDataset, va
         "weights": sum(p.numel() for p in model.parameters()),
         "cpu_seconds": round(time.process_time() - start, 1),
     }
+
+
+def table(summary: dict[str, dict[str, Any]]) -> str:
+    """As Markdown."""
+    lines = [
+        "| variant | compared with | weights | steps | validation loss (lowest to highest of the seeds) | gain |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant, row in summary.items():
+        gain = "" if row["gain"] is None else f"{row['gain']:+.3f}"
+        losses = f"{row['val_loss']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
+        against = "" if row["against"] is None else row["against"].removeprefix("+ ")
+        lines.append(f"| {variant} | {against} | {row['weights']:,} | {row['steps']:,} | {losses} | {gain} |")
+    return "\n".join(lines)
 
 
 def write(name: str, text: str, runs: dict[str, list[dict[str, Any]]]) -> None:

@@ -65,6 +65,8 @@ def model(
         matrices = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up"]
         norms = ["attn_norm", "ffn_norm"]
     norms += {"bitnet": ["attn_sub_norm", "ffn_sub_norm"], "qwen3": ["attn_q_norm", "attn_k_norm"]}.get(arch, [])
+    if arch == "arcee":
+        matrices.remove("ffn_gate")
     if few:
         matrices, norms = ["attn_v", "attn_output"], []
     for i in range(n_layer):
@@ -116,6 +118,7 @@ MODELS = {
     "qwen2 untied": model("qwen2", 2, 128, 384, heads=14, kv_heads=2),
     "qwen3": model("qwen3", 8, 256, 512, kv_heads=2),
     "qwen3 of 80 layers": model("qwen3", 80, 256, 256, kv_heads=1, few=True),
+    "arcee": model("arcee", 8, 256, 1024, kv_heads=2),
     "bitnet": model("bitnet", 8, 256, 512, kv_heads=2, tied=True),
     "bitnet, odd widths": model("bitnet", 26, 288, 704, heads=4, tied=True),
     "odd names": (lambda m: (m[0], {**m[1], **ODD_NAMES}))(model("llama", 16, 256, 256, kv_heads=2, few=True)),

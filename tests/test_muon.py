@@ -176,6 +176,12 @@ def test_a_users_module_says_what_is_no_matrix_or_several():
     }
 
 
+def test_what_is_an_embedding_too_is_no_hidden_matrix():
+    model = nn.ModuleDict(dict(table=nn.Embedding(8, 8), hidden=nn.Linear(8, 8), out=nn.Linear(8, 8)))
+    model["out"].weight = model["table"].weight  # tied, under a name of its own
+    assert taken(model) == {"hidden.weight": 1}
+
+
 def test_groups_have_the_weight_decay_and_rates_of_their_kind():
     model = llama()
     model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
