@@ -197,9 +197,11 @@ def test_errors_of_the_compiler_about_the_model_are_raised_where_compiling_was_a
 
 def test_errors_of_the_users_own_code_are_not_the_compilers(monkeypatch):
     with_errors(monkeypatch, lambda: ValueError("my own mistake"))
-    with pytest.raises(ValueError, match="my own mistake"), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        next(toy_trainer(model=toy_model(), compile=True))
+    monkeypatch.setattr("llmforge.training.trainer.compiling_pays", lambda device, *, micro_steps: True)
+    for asked_for in (True, None):
+        with pytest.raises(ValueError, match="my own mistake"), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            next(toy_trainer(model=toy_model(), compile=asked_for))
 
 
 def test_where_compiling_pays(monkeypatch):
