@@ -275,6 +275,7 @@ def test_copies_take_the_memory_of_the_last_ones_where_it_fits():
     assert again.data_ptr() == places[0]
     source.fill_(3.0)
     assert again.eq(2.0).all()
+    copies.start()
     other = [copies(torch.full(shape, value)) for value, shape in enumerate(((4, 2), (4,), (5, 1), (4, 2)))]
     assert [copy.unique().tolist() for copy in other] == [[0], [1], [2], [3]]  # each has memory of its own
     copies.start()
@@ -429,6 +430,7 @@ def test_a_checkpoint_that_was_to_be_replaced_comes_back(tmp_path):
         assert trainer.resume()
     assert trainer.step == 10
     (run / ".old-step-000010").mkdir()  # killed after them
+    (run / ".old-step-000010" / "trainer.json").write_text("{}", encoding="utf-8")
     trainer.save()
     trainer.save()
     assert names(run) == ["step-000010"]
@@ -554,6 +556,7 @@ def test_a_run_goes_on_in_other_micro_batches(tmp_path):
 @pytest.mark.parametrize(
     ("now", "other"),
     [
+        (dict(micro_batch_size=4, tokens_per_step=4 * 16), False),
         (dict(micro_batch_size=2, grad_accum_steps=2), False),
         (dict(micro_batch_size=2, tokens_per_step=4 * 16), False),
         (dict(micro_batch_size=4, grad_accum_steps=2), True),
@@ -562,13 +565,14 @@ def test_a_run_goes_on_in_other_micro_batches(tmp_path):
     ],
 )
 def test_only_another_number_of_rows_is_another_run(tmp_path, now, other):
-    trainer = toy_trainer(tmp_path)
-    next(trainer)
-    trainer.save()
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        toy_trainer(tmp_path, **now).resume()
-    assert [("not the same run" in str(w.message)) for w in warned] == [True] * other
+    for before in (dict(micro_batch_size=4), dict(micro_batch_size=1, tokens_per_step=4 * 16)):
+        trainer = toy_trainer(tmp_path, **before)
+        next(trainer)
+        trainer.save()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            toy_trainer(tmp_path, **now).resume()
+        assert [("not the same run" in str(w.message)) for w in warned] == [True] * other
 
 
 # Optimizer states of other programs
