@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -140,6 +140,11 @@ def llmforge(race: Training, turn: Turn) -> None:
         if trainer.micro_batch_size != race.micro_batch_size:  # where others give up it goes on with smaller ones
             raise MemoryError(f"a micro-batch of {race.micro_batch_size} does not fit")
         turn(lambda: metrics.loss)  # noqa: B023
+
+
+def llmforge_compiled(race: Training, turn: Turn) -> None:
+    """compile=True in a race of eager ones: what a user may turn on."""
+    llmforge(replace(race, compile=True), turn)
 
 
 def plain_loop(race: Training, turn: Turn, build: Callable[[], nn.Module] | None = None) -> None:
@@ -439,7 +444,7 @@ def x_transformers(race: Training, turn: Turn) -> None:
 
 
 # Their losses must be those of llmforge: they run the same module.
-SAME_MODULE = ("plain_loop", "transformers_trainer", "litgpt_loop")
+SAME_MODULE = ("llmforge_compiled", "plain_loop", "transformers_trainer", "litgpt_loop")
 
 
 @dataclass(frozen=True)
@@ -453,6 +458,7 @@ class Peer:
 
 PEERS = {
     "llmforge": Peer(llmforge, "`for metrics in Trainer(...)`"),
+    "llmforge_compiled": Peer(llmforge_compiled, "the same with compile=True"),
     "plain_loop": Peer(plain_loop, "nanoGPT's train.py, the same module"),
     "transformers_trainer": Peer(
         transformers_trainer, "transformers' Trainer, the same module", ("transformers", "accelerate")

@@ -47,7 +47,7 @@ PACKAGES = (
 )
 GPU_GB = 11.0  # of a card of 12: CUDA itself and a desktop take the rest
 MADE_UP_TEXT = "a made-up text"  # in the arguments of a script: a file of one
-ALL = list(peers.PEERS)
+ALL = [name for name in peers.PEERS if name != "llmforge_compiled"]
 FEW = ["llmforge", "plain_loop", "transformers_trainer"]
 
 
@@ -85,7 +85,7 @@ def train(
             profiled=profiled,
         )
 
-    seconds = training.expected_seconds(race, len(who), blocks=blocks, block_seconds=block_seconds, together=together)
+    seconds = training.expected_seconds(race, who, blocks=blocks, block_seconds=block_seconds, together=together)
     return Part("training", name, run, seconds, note)
 
 
@@ -176,20 +176,19 @@ def cpu(device: str | None, threads: int | None) -> list[Part]:
     bitnet = peers.Training("bitnet", "bitnet-15m", micro_batch_size=2, train={"quantize_after_fraction": 0.0}, **at)
     texts = {"prompt_tokens": 32, "new_tokens": 64}
     return [
-        train("toy", tiny, ALL, blocks=8, note="2 layers, 64 wide, 4 x 32 tokens: what a loop costs beside the arithmetic"),
-        train("char-gpt-cpu", toy, ALL, blocks=8, note="nanoGPT's published CPU setting"),
+        train("toy", tiny, list(peers.PEERS), blocks=8, note="2 layers, 64 wide, 4 x 32 tokens: what a loop costs beside the arithmetic"),
+        train("char-gpt-cpu", toy, list(peers.PEERS), blocks=8, note="nanoGPT's published CPU setting"),
         train(
-            "char-gpt-cpu, compiled", replace(toy, compile=True), ["llmforge", "transformers_trainer", "litgpt_model"], profiled=False,
+            "char-gpt-cpu, compiled", replace(toy, compile=True), ["llmforge", "litgpt_model"], profiled=False,
         ),
         train("char-gpt", small, ALL, warmup_steps=2, note="nanoGPT's shakespeare_char, 4 rows instead of 64, without dropout"),
-        train("char-gpt, dropout", replace(small, changes=characters), FEW, warmup_steps=2, note="as published, 4 rows instead of 64"),
         train("gpt2 width", gpt2, ALL, warmup_steps=2, note="GPT-2's width and vocabulary, 2 of 12 layers, 256 tokens"),
         train("llama-110m width", llama, ALL, warmup_steps=2, note="2 of 12 layers, 256 tokens"),
         train("bitnet-15m", bitnet, FEW, note="ternary weights, 8-bit activations"),
         generate("char-gpt", generation.Generation("gpt", "char-gpt", {**characters, "dropout": 0.0}, **at, **texts), ["llmforge", "llmforge_without_cache", "transformers", "litgpt"]),
         generate("gpt2 width", generation.Generation("gpt", "gpt2", {"n_layer": 2}, **at, **texts), ["llmforge", "llmforge_compiled", "transformers", "litgpt"], seconds=40),
         script("qlora", "llama-110m width", "qlora_step.py", ["--preset", "llama-110m", "--layers", 2, "--tokens", 256, "--device", "cpu", "--repeat", 5], 40, "2 of 12 layers"),
-        preparation(megabytes=20, seconds=60),
+        preparation(megabytes=10, seconds=40),
     ]  # fmt: skip
 
 
@@ -231,7 +230,7 @@ def rtx4070(device: str | None, threads: int | None) -> list[Part]:
         train("bitnet-42m", bitnet, ["llmforge", "plain_loop"], **apart),
         generate("gpt2", generation.Generation("gpt", "gpt2", less["gpt"], dtype=dtype, **at, **texts), list(generation.CONTESTANTS), blocks=blocks, seconds=150),
         *[script("qlora", f"{qlora[1]}, {kind}", "qlora_step.py", [*qlora, "--kinds", kind], 45) for kind in ("nf4", "dense", "peft")],
-        preparation(megabytes=20, seconds=60),
+        preparation(megabytes=10, seconds=40),
     ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 # The contestants of training.py and generation.py, in the order of the columns.
 TRAINING = {
     "llmforge": "llmforge",
+    "llmforge_compiled": "llmforge, compiled",
     "plain_loop": "nanoGPT's loop",
     "transformers_trainer": "Trainer",
     "transformers_model": "Trainer, its model",
@@ -68,9 +69,12 @@ def _where(result: Mapping[str, Any]) -> str:
 
 def _training(races: Mapping[str, Any]) -> Iterable[str]:
     measured = {name: race for name, race in races.items() if race.get("tokens_per_second")}
-    others = [who for who in TRAINING if who != "llmforge"]
+    others = [who for who in TRAINING if not who.startswith("llmforge")]
     rows = [
-        [name, *(_spread(race["times_as_fast_as"].get(who), " x") for who in others)] for name, race in measured.items()
+        [name + added, *(_spread(race[ratios].get(who), " x") for who in others)]
+        for name, race in measured.items()
+        for added, ratios in (("", "times_as_fast_as"), (", only llmforge compiled", "compiled_times_as_fast_as"))
+        if race.get(ratios)
     ]
     yield (
         "**Training: how many times as fast llmforge is** (median of the ratios within a turn, p10 to p90)\n\n"

@@ -46,6 +46,7 @@ def measure(
         "steps_per_block": steps,
         "tokens_per_second": {name: round(tokens / spread["median"]) for name, spread in seconds.items()},
         "times_as_fast_as": turns.compared(outcomes),
+        "compiled_times_as_fast_as": turns.compared(outcomes, "llmforge_compiled"),
         "times_as_fast_as_by_cpu_time": turns.compared(outcomes, by="cpu_seconds") if race.device.type == "cpu" else {},
         "seconds_per_step": {name: turns.rounded(spread, 6) for name, spread in seconds.items()},
         "cpu_seconds_per_step": {
@@ -103,14 +104,8 @@ def matmul_flops_per_second(race: peers.Training) -> float:
 
 
 def expected_seconds(
-    race: peers.Training,
-    contestants: int,
-    *,
-    blocks: int,
-    block_seconds: float,
-    warmup_steps: int = 3,
-    together: bool = True,
-) -> float:
+    race: peers.Training, names: list[str], *, blocks: int, block_seconds: float, warmup_steps: int = 3, together: bool = True
+) -> float:  # fmt: skip
     """About how long `measure` takes: FLOPs over what such a device reaches, and starting, importing and compiling."""
     on_gpu = (race.device_name or race.device.type).startswith("cuda")
     known = device_peak_flops(race.device, race.dtype) if on_gpu and torch.cuda.is_available() else None
@@ -119,9 +114,11 @@ def expected_seconds(
     shape = peers.describe(race)
     step = shape["flops_per_token"] * race.tokens_per_step / (peak * (0.35 if on_gpu else 0.6))
     start = 8 if on_gpu else 2.5
-    compiling = (40 + (0 if together else 12)) * race.compile  # for the second time torch finds what it compiled
+    compilers = len(names) if race.compile else names.count("llmforge_compiled")
+    compiling = 40 if together else 52  # for the second time torch finds what it compiled
     starts = 1 if together else 2
-    return contestants * (compiling + starts * (start + (warmup_steps + 1) * step) + blocks * max(step, block_seconds))
+    of_one = starts * (start + (warmup_steps + 1) * step) + blocks * max(step, block_seconds)
+    return compilers * compiling + len(names) * of_one
 
 
 def main() -> None:
