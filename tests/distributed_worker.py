@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from toy import toy_data, toy_model, toy_tokenizer
 
-from llmforge import BitNet, BitNetConfig, Llama, LlamaConfig, TrainConfig, Trainer
+from llmforge import BitNet, BitNetConfig, BPETokenizer, Llama, LlamaConfig, TrainConfig, Trainer, export_hf
 from llmforge.errors import ConfigError, LLMForgeError
 from llmforge.training import IGNORED, chunked_next_token_loss, next_token_loss
 from llmforge.training.checkpoint import unique_tensors
@@ -117,8 +117,8 @@ def parity(name):
 
 def compiled():
     """As parity, through Dynamo. Its back end "eager" compiles nothing: it is the graphs, and where they break, that are tested."""
-    plain = torch.nn.Module.compile
-    torch.nn.Module.compile = lambda module: plain(module, backend="eager")
+    plain = torch.compile
+    torch.compile = lambda function, **options: plain(function, **options, backend="eager")
     try:
         found = {}
         for kind in ("ddp", "fsdp"):
@@ -126,7 +126,7 @@ def compiled():
             found[kind] = dict(losses=[m.loss for m in own], names=list(own.model.state_dict()))
         return found
     finally:
-        torch.nn.Module.compile = plain
+        torch.compile = plain
 
 
 def own_optimizer():
@@ -186,10 +186,50 @@ def aside():
     return found
 
 
+TUTOR = Path(__file__).parents[1] / "examples" / "tutor.jsonl"
+
+
+def export_base(folder):
+    """A model for `finetuned`."""
+    tokenizer = BPETokenizer.from_texts([TUTOR.read_text(encoding="utf-8")], vocab_size=300)
+    export_hf(llama(vocab_size=tokenizer.vocab_size, max_position_embeddings=1024), tokenizer, folder)
+
+
+def finetuned():
+    """`llmforge finetune` with an adapter, as many rows per step as of one process."""
+    from llmforge.cli.main import main
+
+    out = FOLDER / f"tuned-by-{WORLD_SIZE}"
+    arguments = ["--out", out, "--steps", 3, "--seq-len", 1024, "--set", "device=cpu", "--set", "logging_steps=1"]
+    assert (
+        main(
+            [
+                "finetune",
+                *map(str, [FOLDER / "base", TUTOR, *arguments, "--set", f"micro_batch_size={4 // WORLD_SIZE}"]),
+            ]
+        )
+        == 0
+    )
+
+
+def unused():
+    """A parameter that nothing learns from, which one process would leave as it is."""
+    found = {}
+    for kind in ("ddp", "fsdp"):
+        model = MODELS["gpt"]()
+        model.idle = nn.Linear(4, 4)
+        own = trainer(model, distributed=kind, max_steps=3)
+        try:
+            found[kind] = [m.loss for m in own]
+        except ConfigError as error:
+            found[kind] = str(error)
+    return found
+
+
 def half_blocks():
     """Blocks that are sent and computed in bfloat16, as on a GPU."""
     ranks, model = join("cpu"), llama()
-    replicas = Replicas(model, ranks, kind="fsdp", blocks_dtype=torch.bfloat16)
+    replicas = Replicas(model, ranks, torch.device("cpu"), kind="fsdp", blocks_dtype=torch.bfloat16)
     batch = [part[RANK * 4 :][:4] for part in toy_data()[0].batch(0, batch_size=8, seq_len=16, seed=0)]
     kept = []
     with (

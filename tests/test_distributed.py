@@ -41,11 +41,17 @@ def environment(**more) -> dict[str, str]:
 
 
 def start(folder, world_size, *names):
-    """As torchrun does it, without its own seconds of start-up: (exit code, standard error) of each process."""
+    """`run_processes` of the worker."""
+    return run_processes(world_size, WORKER, folder, *names)
+
+
+def run_processes(world_size, *command, cwd=None):
+    """As torchrun does it, without its own seconds of start-up: exit code, output and errors of each process."""
     found = dict(WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), *names],
+            [sys.executable, *map(str, command)],
+            cwd=cwd,
             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **found),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -83,7 +89,7 @@ def once(tmp_path_factory, name, make):
 
 
 IN_TWO = ["agreement", "refusals", "own_optimizer", "aside", "half_blocks", "compiled", "stopping", "undisturbed"]
-IN_TWO += ["checkpoints", "gone_on_with", "to_go_on"]
+IN_TWO += ["checkpoints", "gone_on_with", "to_go_on", "finetuned", "unused"]
 IN_FOUR = ["gpt-ddp-accumulation", "llama-fsdp-chunked", "agreement", "gone_on_with"]
 
 
@@ -93,6 +99,7 @@ def two(tmp_path_factory):
 
     def make(folder):
         (folder / "text.txt").write_text(TEXT * 3, encoding="utf-8")
+        worker.export_base(folder / "base")
         worker.trainer(max_steps=4, out_dir=folder / "old" / "of-1").train(progress=False)
         for code, _, errors in start(folder, 2, *worker.PARITY, *IN_TWO):
             assert code == 0, errors
@@ -256,6 +263,23 @@ def test_any_number_of_ranks_goes_on_with_any_checkpoint(two, four, left_alone, 
             torch.testing.assert_close(weights_then[key], weight, atol=1e-5, rtol=0)
 
 
+def test_finetuning_with_two_processes_is_that_with_one(two, monkeypatch):
+    monkeypatch.setattr(worker, "FOLDER", two(None))
+    worker.finetuned()
+    losses = [
+        [line["loss"] for line in read_log(two(None) / f"tuned-by-{number}" / "log.jsonl") if "loss" in line]
+        for number in (1, 2)
+    ]
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_a_parameter_without_a_gradient_is_left_or_refused(two):
+    alone = [m.loss for m in worker.trainer(max_steps=3)]
+    assert two("unused")["fsdp"] == pytest.approx(alone, abs=1e-5)
+    assert "some parameters had no gradient" in two("unused")["ddp"]
+
+
 # What the processes agree on
 
 
@@ -328,3 +352,20 @@ def test_torchrun_starts_again_after_kill_9_and_the_end_is_the_same(two, tmp_pat
         for run in (left_alone, tmp_path / "killed")
     ]
     assert losses[0] == losses[1]
+
+
+def test_the_example_script_trains_with_two_processes_and_goes_on(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT * 10, encoding="utf-8")
+    script = WORKER.parents[1] / "examples" / "torchrun_script.py"
+    sizes = ["text.txt", "--tokens-per-step", 512]
+    for steps, kind in ((2, "ddp"), (3, "fsdp")):
+        arguments = [*sizes, "--steps", steps, "--distributed", kind]
+        (code, first, errors), (code_too, second, errors_too) = run_processes(2, script, *arguments, cwd=tmp_path)
+        assert (code, code_too) == (0, 0), errors + errors_too
+        assert "En un lugar" in first
+        assert ("going on after step 2" in first) == (kind == "fsdp")
+        assert second == ""
+    assert [folder.name for folder in list_checkpoints(tmp_path / "runs" / "torchrun")] == [
+        "step-000002",
+        "step-000003",
+    ]

@@ -93,9 +93,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from llmforge.convert import open_model
     from llmforge.training.checkpoint import check_new_run
+    from llmforge.training.distributed import is_restart
     from llmforge.training.out_of_memory import is_out_of_memory
 
-    if args.resume is None and not (args.preview or args.dry_run):
+    # After a process has died, torchrun starts all of them again with the command line of the beginning.
+    resume = args.resume is not None or is_restart()
+    if not (resume or args.preview or args.dry_run):
         check_new_run(Path(config.output_dir))  # before minutes of loading
     try:
         published, tokenizer = open_model(config.base_model)
@@ -123,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         reason = str(error).partition(". ")[0]
         raise OutOfMemoryError(f"out of memory before the first step ({reason}); {_WHAT_FITS}") from error
-    if args.resume is not None and not trainer.resume():
+    if resume and not trainer.resume() and trainer.ranks.is_first:
         print(f"{trainer.out_dir} has no checkpoint yet: starting from the beginning", file=sys.stderr)
     return _train(trainer, config)
 
@@ -305,11 +308,13 @@ def _build_trainer(
     from llmforge.convert import load
     from llmforge.finetune import AdapterFiles, apply_lora_
     from llmforge.nn import offload_embedding_
-    from llmforge.training import Trainer, arithmetic_dtype, chunked_next_token_loss, pick_device
+    from llmforge.training import Trainer, arithmetic_dtype, chunked_next_token_loss
+    from llmforge.training.distributed import join
 
-    device, lora = pick_device(config.device), config.lora_config
+    ranks = join(config.device)
+    device, lora = ranks.device(config.device), config.lora_config
     rows = train_data.num_sequences(min(config.sequence_len, context_length))
-    train_config = config.train_config(rows, context_length=context_length)
+    train_config = config.train_config(rows, context_length=context_length, world_size=ranks.world_size)
     # Frozen weights are held in the type of the arithmetic; those that train are float32.
     dtype = torch.float32 if lora is None else arithmetic_dtype(train_config.dtype, device)
     model, _ = load(config.base_model, device=device, dtype=dtype, quantize=config.nf4_config)

@@ -233,14 +233,15 @@ class FinetuneConfig(Config):
     def mlp_tiles(self) -> int:
         return (self.tiled_mlp_num_shards or 4) if self.tiled_mlp else 1
 
-    def train_config(self, num_sequences: int, *, context_length: int) -> TrainConfig:
+    def train_config(self, num_sequences: int, *, context_length: int, world_size: int = 1) -> TrainConfig:
         """The settings of the loop, for data of so many rows.
 
         Args:
             num_sequences: rows in an epoch.
             context_length: of the model.
+            world_size: processes, each of which reads its rows of a step.
         """
-        rows = self.micro_batch_size * self.gradient_accumulation_steps
+        rows = self.micro_batch_size * self.gradient_accumulation_steps * world_size
         per_epoch = max(1, round(num_sequences / rows))
         steps = self.max_steps or max(1, round(self.num_epochs * num_sequences / rows))
         warmup = round((0.03 if self.warmup_ratio is None else self.warmup_ratio) * steps)

@@ -307,8 +307,9 @@ class Replicas:
     keep the sum until the last one would take the memory of the whole gradient on every rank, which is what one shards for.
 
     Args:
-        model: on this rank's device; with "fsdp" its parameters become DTensors, under the names that they had.
+        model: goes to the device; with "fsdp" its parameters become DTensors, under the names that they had.
         ranks: the processes.
+        device: of this one.
         kind: "ddp", or "fsdp".
         blocks_dtype: "fsdp": in which blocks are sent and computed with; None = the parameters' own.
     Raises:
@@ -316,7 +317,13 @@ class Replicas:
     """
 
     def __init__(
-        self, model: nn.Module, ranks: Ranks, *, kind: Kind = "ddp", blocks_dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        device: torch.device,
+        *,
+        kind: Kind = "ddp",
+        blocks_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.ranks = model, ranks
         self.is_sharded = ranks.are_several and kind == "fsdp"
@@ -324,34 +331,35 @@ class Replicas:
         self._engine: Any = None
         self._sharded: list[Any] = []
         if self.is_sharded:
-            self._shard(blocks_dtype)
-        elif ranks.are_several:
+            self._shard(device, blocks_dtype)
+            return
+        model.to(device)
+        if ranks.are_several:
             # Gradients live where they are sent from: no second copy of them.
             self._engine = nn.parallel.DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
             self._engine.broadcast_buffers = (
                 False  # at the beginning was enough (as an argument it has another name in new versions)
             )
 
-    def _shard(self, blocks_dtype: torch.dtype | None) -> None:
+    def _shard(self, device: torch.device, blocks_dtype: torch.dtype | None) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        with torch.no_grad():  # one model, even where each process began with another seed
-            for tensor in [*self.model.parameters(), *self.model.buffers()]:
-                dist.broadcast(tensor.data, src=0)
         if scalars := [name for name, p in self.model.named_parameters() if p.ndim == 0]:
             raise ConfigError(
                 f"{scalars[0]} has no dimension that could be sharded; give it the shape (1,), or use distributed='ddp'"
             )
-        device = next(self.model.parameters()).device.type
-        mesh = init_device_mesh(device, (self.ranks.world_size,))
+        mesh = init_device_mesh(device.type, (self.ranks.world_size,))
         # Blocks alone: what is computed with is then what waits for the backward pass, and can go in between. Inputs stay as autocast
         # has them, and sums are made in float32.
         precision = MixedPrecisionPolicy(
             param_dtype=blocks_dtype, reduce_dtype=torch.float32 if blocks_dtype else None, cast_forward_inputs=False
         )
+        # One block after the other goes to the device: the whole model need never be there.
         for block in blocks(self.model):
+            _place_([*block.parameters(), *block.buffers()], device)
             self._sharded.append(fully_shard(block, mesh=mesh, mp_policy=precision))
+        _place_([t for t in [*self.model.parameters(), *self.model.buffers()] if not is_divided(t)], device)
         self._sharded.append(fully_shard(self._loss, mesh=mesh))
 
     def loss(self, loss_fn: LossFunction, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -361,7 +369,15 @@ class Replicas:
         self._loss.loss_fn = loss_fn
         # Without gradients there is nothing that DistributedDataParallel would have to do.
         module = self._engine if self._engine is not None and torch.is_grad_enabled() else self._loss
-        found: tuple[Tensor, Tensor] = module(*batch)
+        try:
+            found: tuple[Tensor, Tensor] = module(*batch)
+        except RuntimeError as error:
+            if "finished reduction in the prior iteration" not in str(error):
+                raise
+            raise ConfigError(
+                "some parameters had no gradient in the last backward pass, for which distributed='ddp' waits; freeze them with "
+                "requires_grad_(False), or use distributed='fsdp'"
+            ) from error
         return found
 
     def micro_step(self, *, is_last: bool) -> AbstractContextManager[None]:
@@ -405,6 +421,14 @@ class Replicas:
         """Each rank keeps its part only: after a forward pass without a backward pass, which would do that."""
         for module in self._sharded:
             module.reshard()
+
+
+@torch.no_grad()
+def _place_(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Move tensors to the device, with the values of rank 0: one model, even where each process began with another seed."""
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device).contiguous()
+        dist.broadcast(tensor.data, src=0)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

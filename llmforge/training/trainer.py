@@ -112,7 +112,7 @@ class Trainer:
         self.ranks = join(config.device)
         self.device = self.ranks.device(config.device)
         self.dtype = arithmetic_dtype(config.dtype, self.device)
-        self.model = model.to(self.device)
+        self.model = model
         if config.activation_checkpointing != "none":
             set_checkpointing = getattr(model, "set_activation_checkpointing", None)
             if set_checkpointing is None:
@@ -178,6 +178,7 @@ class Trainer:
         replicas = Replicas(
             self.model,
             self.ranks,
+            self.device,
             kind=config.distributed,
             blocks_dtype=None if self._has_bit_linears else half,
         )
