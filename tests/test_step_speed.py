@@ -53,7 +53,11 @@ def compilations(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("build", "loss_fn"), [(toy_model, chunked_next_token_loss), (toy_llama, next_token_loss)], ids=str
+    ("build", "loss_fn"),
+    [
+        pytest.param(toy_model, chunked_next_token_loss, id="GPT, in chunks"),
+        pytest.param(toy_llama, next_token_loss, id="Llama"),
+    ],
 )
 def test_a_compiled_step_is_the_eager_step_in_one_graph(compilations, build, loss_fn):
     model, twin = build(), copy.deepcopy(build())

@@ -246,7 +246,7 @@ class Trainer:
         # The gradient so far is that of loss_sum / num_tokens, of all ranks; what is wanted is the mean over the targets.
         num_targets = num_targets.clamp(min=1)
         grad_norm = self._rescale_and_clip_gradients(num_tokens / num_targets)
-        skipped = ~(loss_sum.isfinite() & grad_norm.isfinite())
+        skipped = ~(loss_sum + grad_norm).isfinite()
         try:
             self._is_torn = True
             self._update_weights(skipped)
@@ -389,6 +389,8 @@ class Trainer:
         Raises:
             DivergedError: max_skipped_steps in a row.
         """
+        if self.device.type == "cpu" and not skipped and not self._skipped_as_known:
+            return  # nothing to count, as a rule; on other devices to look would be to wait
         self.skipped_steps += skipped
         self._skipped_in_a_row = (self._skipped_in_a_row + 1) * skipped
         self._skipped_as_known.copy_(self._skipped_in_a_row, non_blocking=True)
