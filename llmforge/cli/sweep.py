@@ -264,10 +264,12 @@ def summary(result: "SweepResult", base: "RunConfig", args: argparse.Namespace) 
     changes = [f"{key}={value}" for key, value in best.settings.items() if key != "width"]
     if "width" in best.settings:
         changes += [f"{name}={size}" for name, size in shape_of_width(base.model, best.settings["width"]).items()]
-    again = ["train", base.text]
-    for name in ("preset", "config", "tokenizer", "vocab_size"):
-        if getattr(args, name) is not None:
-            again += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    again = ["train", *args.text]
+    for name in ("text_field", "weights", "val_fraction", "preset", "config", "tokenizer", "vocab_size"):
+        if (value := getattr(args, name)) is not None:
+            again += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    if args.drop_near_duplicates:
+        again.append("--drop-near-duplicates")
     for change in [*args.set, *changes]:
         again += ["--set", change]
     lines.append(f"next     {program()} {shlex.join(again)}")
