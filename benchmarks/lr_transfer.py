@@ -1,9 +1,10 @@
 """Whether the best learning rate of a narrow model is the best of a wide one: loss against learning rate, width by width.
 
     python benchmarks/lr_transfer.py tinyshakespeare.txt
+    python benchmarks/lr_transfer.py tinyshakespeare.txt --rules standard mup --base-width 32 --name lr-transfer-base-32
 
     standard    AdamW, the same rate for all weights
-    mup         AdamW with TrainConfig.mup_base_width: the rate of the narrowest model, carried over by muP's rules
+    mup         AdamW with TrainConfig.mup_base_width
     muon        the same with Muon for the matrices; its rate is what is varied
 
 Rates are tried by factors of 2 until the best lies between two that are worse; the other seeds take the best and its neighbours. The
@@ -37,8 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text")
     parser.add_argument("--rules", nargs="+", default=list(START), choices=list(START))
-    parser.add_argument("--widths", nargs="+", type=int, default=[32, 64, 128])
+    parser.add_argument("--widths", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--coordinate-widths", nargs="+", type=int, default=[32, 128, 512])
+    parser.add_argument("--base-width", type=int, default=128, help="of mup and muon")
+    parser.add_argument("--name", default="lr-transfer", help="of the result")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--micro-batch-size", type=int, default=8)
@@ -54,11 +57,11 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     tokenizer = lf.CharTokenizer.from_text_file(args.text)
     train_data, val_data = lf.TokenDataset.from_text_file(args.text, tokenizer).split(val_fraction=0.1)
-    path = machine.RESULTS / "lr-transfer.json"
+    path = machine.RESULTS / f"{args.name}.json"
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     runs: list[dict[str, Any]] = before.get("runs", [])
     deadline = time.perf_counter() + args.max_seconds
-    base = args.widths[0]
+    base = args.base_width
     result = {
         **machine.describe(torch.device("cpu")),
         "text": Path(args.text).name,
@@ -168,9 +171,9 @@ def main() -> None:
                     loss_of(rule, width, lr, seed)
         # The rate that the narrowest model would hand on must have been tried by the widest.
         for seed in args.seeds:
-            loss_of(rule, args.widths[-1], best_rate(runs, rule, base), seed)
+            loss_of(rule, args.widths[-1], best_rate(runs, rule, args.widths[0]), seed)
     result["rules"] = summary(runs, args.rules, args.widths)
-    machine.write("lr-transfer", result)
+    machine.write(args.name, result)
     if args.plot:
         plot(result, Path(args.plot))
 

@@ -19,7 +19,7 @@ import torch
 import llmforge as lf
 from llmforge.training import ScalingLaw, SweepRun, fit_scaling_law, mup_init_, sweep
 
-ROWS, SEQ_LEN, BASE_WIDTH = 8, 64, 32
+ROWS, SEQ_LEN, BASE_WIDTH = 8, 64, 128
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=[32, 48, 64, 96])
     parser.add_argument("--steps", nargs="+", type=int, default=[150, 300, 600])
     parser.add_argument("--held-out", nargs=2, type=int, default=[160, 1200], metavar=("WIDTH", "STEPS"))
-    parser.add_argument("--lr", type=float, default=2**-6)
+    parser.add_argument("--lr", type=float, default=2**-8)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument("--out", default="runs/scaling-law-benchmark")

@@ -39,13 +39,13 @@ def measure(settings, folder):
             qk_norm=True,
         )
     )
-    mup_init_(model, 32)  # one learning rate for all widths
+    mup_init_(model, 128)  # one learning rate for all widths
     config = lf.TrainConfig(
         max_steps=steps,
         micro_batch_size=8,
-        lr=2**-6,
+        lr=2**-8,
         min_lr=0.0,
-        mup_base_width=32,
+        mup_base_width=128,
         schedule="linear",
         warmup_steps=steps // 10,
         eval_every_steps=None,

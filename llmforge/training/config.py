@@ -151,7 +151,7 @@ class TrainConfig(Config):
     muon_lr: float = (
         0.02  # muon only: learning rate of the matrices after the warm-up; it follows the schedule as lr does
     )
-    # muP: the width for which lr was found, and which wider models take it over from; see docs/sweeps.md. None = lr is for this model.
+    # muP: lr is that of a model of this width, and this one, wider or narrower, takes it over; see docs/sweeps.md. None = off.
     mup_base_width: int | None = None
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW; 0.99 for the second when a step has few tokens
     grad_clip: float | None = 1.0  # largest global L2 norm of the gradient; None = never clip

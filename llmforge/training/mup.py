@@ -1,8 +1,8 @@
 """A learning rate that stays where it is while the model gets wider: the maximal update parametrisation (muP).
 
 AdamW moves each weight by about the learning rate, whatever its gradient. A layer adds up C such moves, so in a model of twice the width a
-step changes the output of a layer twice as much, and the best learning rate falls. With muP it stays: what a small model is best trained
-with, the wide one is too. With r = base_width / C, the width for which the rate was found over that of the model:
+step changes the output of a layer twice as much, and the best learning rate falls. With muP models of all widths C take that of one, the
+width of which is base_width. With r = base_width / C:
 
     matrices in the blocks      learning rate * r, initial weights of a standard deviation that falls with sqrt(C)
     output projection           learning rate * r, initial weights * r
@@ -52,7 +52,7 @@ def mup_lr_factors(model: nn.Module, base_width: int) -> dict[Tensor, float]:
 
     Args:
         model: one with `lm_head`, and with `embedding_name` and `final_norm_name` where that is tied, as llmforge's families have them.
-        base_width: the width C for which the learning rate was found.
+        base_width: the width whose learning rate is meant.
     Raises:
         ConfigError: a base width below 1, ternary layers, or a model that does not say where its output is.
     """
