@@ -20,7 +20,7 @@ LossFunction = Callable[[nn.Module, Sequence[Tensor]], tuple[Tensor, Tensor]]
 # Float32 logits of a chunk: 128 MB. Larger chunks are no faster (benchmarks/packing.py).
 _CHUNK_LOGITS = 2**25
 
-# From so many tokens on chunks are no slower on a CPU, and what they save of memory is more than the model's own (benchmarks/step_profile.py).
+# From so many tokens on chunks are faster on a CPU too (benchmarks/step_profile.py).
 _LARGE_VOCABULARY = 4096
 
 
