@@ -133,17 +133,18 @@ class MLflow:
         else:
             client.update_run(run_id, status="RUNNING")
         self.run_id: str | None = run_id
+        self._id = str(run_id)
         self.place = f"run {run_id} in MLflow at {client.tracking_uri}"
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         now = round(time.time() * 1000)
-        self._client.log_batch(self.run_id, [self._metric(name, value, now, step) for name, value in values.items()])
+        self._client.log_batch(self._id, [self._metric(name, value, now, step) for name, value in values.items()])
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._client.log_text(self.run_id, text, f"{name}/step-{step:06d}.txt")
+        self._client.log_text(self._id, text, f"{name}/step-{step:06d}.txt")
 
     def finish(self) -> None:
-        self._client.set_terminated(self.run_id)
+        self._client.set_terminated(self._id)
 
 
 # Name in TrainConfig -> class, and the package that `pip install llmforge[NAME]` brings.
