@@ -134,6 +134,7 @@ class MLflow:
             client.update_run(run_id, status="RUNNING")
         self._id: str = run_id
         self.run_id: str | None = run_id
+        self._id = str(run_id)
         self.place = f"run {run_id} in MLflow at {client.tracking_uri}"
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
