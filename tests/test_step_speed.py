@@ -271,6 +271,7 @@ def test_batches_made_ahead_are_those_asked_for():
     batches = Batches(CPU, ahead=True, pin=lambda tensor: tensor + 100)
     source = object()
     found = [int(batches.get(step, make, source=source, is_last=step == 3)[0][0, 0]) for step in range(4)]
+    batches.wait()
     assert found == [100, 101, 102, 103]
     assert made == [(0, True), (1, False), (2, False), (3, False)]  # each once, none beyond the last
 
