@@ -163,8 +163,10 @@ def test_training_benchmark(tmp_path, monkeypatch):
         ROOT / "benchmarks" / "training.py",
         "--blocks",
         2,
-        "--steps-per-block",
-        1,
+        "--block-seconds",
+        0.1,
+        "--peers",
+        "plain_loop",
         "--device",
         "cpu",
         "--preset",
@@ -173,13 +175,6 @@ def test_training_benchmark(tmp_path, monkeypatch):
     )
     result = json.loads((tmp_path / "training-cpu-char-gpt-cpu.json").read_text(encoding="utf-8"))
     assert result["tokens_per_second"]["llmforge"] > 0
-
-
-def test_kill_benchmark(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLMFORGE_BENCHMARK_RESULTS", str(tmp_path))
-    run(ROOT / "benchmarks" / "kill_and_resume.py", "--kills", 1, "--steps", 200, "--longest-wait", 0.1, cwd=tmp_path)
-    result = json.loads((tmp_path / "kill-and-resume.json").read_text(encoding="utf-8"))
-    assert (result["same_weights"], result["same_optimizer_state"]) == (True, True)
 
 
 def test_llama_vs_gpt_benchmark(text, tmp_path, monkeypatch):

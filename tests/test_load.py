@@ -24,7 +24,8 @@ def logits_of(model) -> torch.Tensor:
 
 
 def save_step(run, model, step, val_loss=None):
-    state = TrainerState(step=step, optimizer={}, scaler={}, val_loss=val_loss, settings={}, data_fingerprint=None)
+    rest = dict(optimizer={}, scaler={}, settings={}, data_fingerprint=None)
+    state = TrainerState(step=step, val_loss=val_loss, micro_batch_size=4, skipped_steps=0, world_size=1, **rest)
     return save_checkpoint(run, model, CHARS, state)
 
 

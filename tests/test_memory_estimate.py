@@ -275,7 +275,9 @@ def test_what_stands_for_the_gpu_stands_in_the_backward_pass_too(packed, chunked
         ).estimate
         for device in ("cuda", "cpu")
     )
-    assert cuda.peak_bytes - cuda.items["kernel workspaces"] <= cpu.peak_bytes
+    assert (
+        cuda.peak_bytes - cuda.items["kernel workspaces"] <= cpu.peak_bytes + 4 * 256
+    )  # the float per token that a fused norm keeps
     assert "kernel workspaces" not in cpu.items
     assert nn.functional.rms_norm.__module__ == "torch.nn.functional"  # and all is as it was
 

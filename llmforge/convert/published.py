@@ -118,15 +118,15 @@ def family_of(config: Any) -> Family:
     return next((family for family in families if family.expresses(config)), families[0])
 
 
-def check_expressed(family: Family, config: Any) -> None:
+def check_expressed(config: Any) -> None:
     """Refuse to write a model into files that cannot say what it computes.
 
     Raises:
         ConvertError: with the reason, and the way out where one setting is to blame.
     """
-    if family.expresses(config):
-        return
     families = [family for family in FAMILIES if type(config) is family.config_class]
+    if any(family.expresses(config) for family in families):
+        return
     known = ", ".join(family.hf_model_type for family in families)
     reason = next((reason for family in families if (reason := family.refusal(config))), None)
     if reason is not None:
@@ -256,7 +256,7 @@ def prepare(published: Published, tokenizer: Tokenizer | None) -> Published:
         ConvertError: settings that no such file can say; a tokenizer of another vocabulary; when a tensor is read: NaN or infinity.
     """
     family, notes = published.family, list(published.notes)
-    check_expressed(family, published.config)
+    check_expressed(published.config)
     tensors = {name: tensor.then(_finite(name), by_row=True) for name, tensor in published.tensors.items()}
     config, tensors = family.complete(published.config, tensors)
     if tokenizer is not None:
