@@ -329,6 +329,7 @@ def write_run(folder, *, losses, val=(), max_steps=100, lr=1e-3, vocab_size=50, 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # wherever the tests run
     curve = [(step, 4 - step / 50) for step in range(10, 101, 10)]
     write_run(tmp_path / "runs" / "good", losses=curve, val=[(50, 3.0), (80, 2.0), (100, 2.5)], age=7300, mfu=0.41)
     write_run(tmp_path / "runs" / "cut", losses=curve[:4], val=[(40, 3.25)], lr=3e-3, age=86400 * 3)
