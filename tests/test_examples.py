@@ -62,6 +62,28 @@ def test_train_export_and_verify_scripts(text, tmp_path):
     assert "from quantization-aware-Q4_0.gguf" in out
 
 
+def test_many_sources_script(text, tmp_path):
+    rows = "".join(f'{i},"{i} molinos, {TEXT[:200]}"\n' for i in range(60))
+    (tmp_path / "articles.csv").write_text(f"id,body\n{rows}", encoding="utf-8")
+    (tmp_path / "book.txt").write_text(
+        "\n".join(f"Capítulo {n}: de {n * n} molinos que giran" for n in range(900)), encoding="utf-8"
+    )
+    arguments = [EXAMPLES / "many_sources.py", "book.txt", "articles.csv", "--field", "body", "--vocab-size", 300]
+    out = run(*arguments, "--weights", 1, 2, "--steps", 2, cwd=tmp_path)
+    assert "67% of the rows from" in out
+    assert "validation loss" in out
+
+
+def test_data_preparation_benchmark(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMFORGE_BENCHMARK_RESULTS", str(tmp_path))
+    ways = ["library encode_batch", "bpe text", "bpe jsonl", "char text"]
+    arguments = [text, "--megabytes", 0.05, "--vocab-size", 300, "--ways", *ways]
+    run(ROOT / "benchmarks" / "data_preparation.py", *arguments, cwd=tmp_path)
+    result = json.loads((tmp_path / "data-preparation.json").read_text(encoding="utf-8"))
+    assert list(result["ways"]) == ways
+    assert result["ways"]["bpe text"]["ratio_to_the_faster_library_call"] > 0
+
+
 def test_your_own_model_script(text, tmp_path):
     assert "step 100  loss" in run(EXAMPLES / "your_own_model.py", text, "--steps", 100, cwd=tmp_path)
 

@@ -340,7 +340,13 @@ def _read_ahead(items: Iterator[_Part]) -> Iterator[_Part]:
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     try:
-        while (item := ready.get()) is not None:
+        while True:
+            try:
+                item = ready.get(timeout=1)  # on Windows Ctrl-C does not end a wait without one
+            except queue.Empty:
+                continue
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             yield item
