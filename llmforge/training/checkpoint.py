@@ -56,9 +56,10 @@ class TrainerState:
     scaler: dict[str, Any]
     val_loss: float | None  # of these weights, where they were evaluated
     settings: Mapping[str, Any]  # TrainConfig.to_dict()
-    micro_batch_size: int | None  # as it was in the end: found, or halved by a step without enough memory
-    skipped_steps: int
-    world_size: int  # processes, each of which read its part of a step
+    # As it was in the end: found, or halved by a step without enough memory; None = not known.
+    micro_batch_size: int | None = None
+    skipped_steps: int = 0
+    world_size: int = 1  # processes, each of which read its part of a step
     data_fingerprint: str | None
 
 
