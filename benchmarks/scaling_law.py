@@ -3,10 +3,11 @@
     python benchmarks/scaling_law.py tinyshakespeare.txt --plot docs/scaling-law.png
 
 Models of characters, 2 layers, one learning rate for all widths by muP. The runs to predict are larger than all others in both weights and
-tokens. What runs/ holds already is not trained again.
+tokens. What the folder of --out holds already is not trained again.
 """
 
 import argparse
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -25,9 +26,9 @@ ROWS, SEQ_LEN, BASE_WIDTH = 8, 64, 128
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text")
-    parser.add_argument("--widths", nargs="+", type=int, default=[32, 48, 64, 96])
+    parser.add_argument("--widths", nargs="+", type=int, default=[32, 48, 64])
     parser.add_argument("--steps", nargs="+", type=int, default=[150, 300, 600])
-    parser.add_argument("--held-out", nargs=2, type=int, default=[160, 1200], metavar=("WIDTH", "STEPS"))
+    parser.add_argument("--held-out", nargs=2, type=int, default=[96, 1200], metavar=("WIDTH", "STEPS"))
     parser.add_argument("--lr", type=float, default=2**-8)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int, help="default: torch's choice")
@@ -106,7 +107,7 @@ def main() -> None:
         "lr": args.lr,
         "seeds": args.seeds,
         "law": {name: getattr(law, name) for name in ("E", "A", "alpha", "B", "beta")},
-        "standard_errors": law.errors,
+        "standard_errors": {name: error if math.isfinite(error) else None for name, error in law.errors.items()},
         "residual": law.residual,
         "warnings": [str(warning.message) for warning in caught],
         "held_out": {
