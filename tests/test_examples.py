@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import nbformat
 import pytest
@@ -63,7 +64,8 @@ def test_train_export_and_verify_scripts(text, tmp_path):
 
 
 def test_many_sources_script(text, tmp_path):
-    rows = "".join(f'{i},"{i} molinos, {TEXT[:200]}"\n' for i in range(60))
+    words, random = TEXT.replace('"', "").split(), Random(0)  # lines that are no near-duplicates
+    rows = "".join(f'{i},"{" ".join(random.choices(words, k=30))}"\n' for i in range(300))
     (tmp_path / "articles.csv").write_text(f"id,body\n{rows}", encoding="utf-8")
     (tmp_path / "book.txt").write_text(
         "\n".join(f"Capítulo {n}: de {n * n} molinos que giran" for n in range(900)), encoding="utf-8"
