@@ -205,7 +205,9 @@ def report(args: argparse.Namespace, folder: Path, found: dict[str, list[dict[st
         ways[way] = {
             "what": WAYS[way],
             "megabytes_per_second": machine.spread([size["txt"] / 1e6 / run["seconds"] for run in runs]),
-            "megabytes_per_cpu_second": machine.spread([size["txt"] / 1e6 / run["cpu_seconds"] for run in runs]),
+            "megabytes_per_cpu_second": machine.spread(
+                [size["txt"] / 1e6 / max(run["cpu_seconds"], 0.01) for run in runs]  # what the clock can tell
+            ),
             "tokens": runs[0]["tokens"],
             "peak_mebibytes": max(run["peak_bytes"] for run in runs) / 2**20,
             "of_that_before_mebibytes": max(run["before_bytes"] for run in runs) / 2**20,
